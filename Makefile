@@ -1,0 +1,39 @@
+# `make serve` and `make test` are all a newcomer needs; each makes .venv on first use.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  ?=
+PORT   ?= 8000
+CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
+ARGS   ?=
+
+.PHONY: serve test check format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
+	@echo "make test | make check | make format | make bench"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+serve: $(VENV)/.installed
+	$(BIN)/idefics2-server serve $(MODEL) $(if $(CONFIG),--config $(CONFIG)) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check server tests
+	$(BIN)/ruff format --check server tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix server tests
+	$(BIN)/ruff format server tests
+
+clean:
+	rm -rf $(VENV) build *.egg-info

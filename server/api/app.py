@@ -1,0 +1,54 @@
+"""Puts the HTTP surface together. Holds no state and reads no settings of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from server.api.chat import chat_router
+from server.api.errors import ErrorAnswer, install_error_handlers
+from server.api.health import health_router
+from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
+from server.api.models import models_router
+
+if TYPE_CHECKING:
+    from server.config import ServerConfig
+    from server.llm import AsyncLLM
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def build_app(llm: AsyncLLM, config: ServerConfig, *, lifespan: Lifespan | None = None) -> FastAPI:
+    """The application that a server runs. `lifespan` starts and stops what `llm` needs."""
+    app = FastAPI(
+        title="Idefics2 server",
+        summary="OpenAI-compatible inference for Idefics2.",
+        version=_version(),
+        lifespan=lifespan,
+        redoc_url=None,
+        # A redirect repeats the Host header of the request, which anybody may have written.
+        redirect_slashes=False,
+        responses={"default": {"model": ErrorAnswer, "description": "Any error."}},
+    )
+    install_error_handlers(app)
+    app.include_router(chat_router(llm, config))
+    app.include_router(models_router(llm))
+    app.include_router(health_router(llm))
+    # Added last is outermost: also a refused body is named, logged and counted.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * (1 << 20)))
+    app.add_middleware(RequestMiddleware, metrics=llm.metrics)
+    # The library would cut every open stream at SIGTERM; ours may finish, and how long is not its business.
+    AppStatus.enable_automatic_graceful_drain = False
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("idefics2-server")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,108 @@
+"""`idefics2-server`: serve, bench, make-demo. The flags of `serve` are the fields of ServerConfig."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from server.config import ServerConfig, load_config
+from server.errors import CheckpointError, ConfigError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and return its exit status; a bad configuration is one line on stderr and status 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except (ConfigError, CheckpointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="idefics2-server", description="Serve Idefics2 over OpenAI's HTTP API.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
+    serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help(ServerConfig.model_fields["model"]))
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags win over it.")
+    for name, field in ServerConfig.model_fields.items():
+        if name != "model":
+            _add_flag(serve, name, field)
+    serve.set_defaults(run=_serve)
+
+    # A root of its own with its own dependencies; imported here, so that `serve` does not load it.
+    from server.bench.cli import add_arguments
+    from server.bench.cli import run as run_bench
+
+    bench = commands.add_parser("bench", help="measure any OpenAI-compatible server under load", allow_abbrev=False)
+    add_arguments(bench)
+    bench.set_defaults(run=run_bench)
+
+    demo = commands.add_parser("make-demo", help="write a checkpoint with random weights", allow_abbrev=False)
+    demo.add_argument("out", type=Path, nargs="?", help="folder to write; default: the bundled demo's in the cache")
+    demo.add_argument("--size", default="tiny", help="tiny, tiny-tied, bench (301 M parameters), 1b or 8b")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    demo.add_argument("--text-only", type=Path, help="also write the language model alone, for other engines")
+    demo.set_defaults(run=_make_demo)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+    """One flag for one field. Absent flags stay absent, so that they do not hide the file or the environment."""
+    flag = "--" + name.replace("_", "-")
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    kind = kinds[0]
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    elif typing.get_origin(kind) is Literal:
+        parser.add_argument(flag, choices=typing.get_args(kind), **options)
+    elif typing.get_origin(kind) is list:
+        parser.add_argument(flag, nargs="+", metavar="NAME", **options)
+    else:
+        parser.add_argument(flag, metavar=getattr(kind, "__name__", "VALUE").upper(), **options)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _help(field: FieldInfo) -> str:
+    default = "" if field.default is None or field.default == [] else f" (default: {field.default})"
+    return f"{field.description}{default}".replace("%", "%%")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    flags = {name: value for name, value in vars(args).items() if name in ServerConfig.model_fields}
+    config = load_config(file=args.config, environ=os.environ, flags=flags)
+    from server.launch import serve
+
+    return serve(config)
+
+
+def _make_demo(args: argparse.Namespace) -> int:
+    from server.demo.checkpoint import ensure_demo, write_checkpoint
+
+    if args.out is None:
+        print(ensure_demo())
+        return 0
+    write_checkpoint(args.out, args.size, seed=args.seed, dtype=args.dtype, text_only=args.text_only)
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

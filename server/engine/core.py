@@ -1,0 +1,127 @@
+"""The engine's loop: drain messages, plan a step, run it, hand the results over as one batch.
+
+Runs in a thread or a process of its own; knows neither. Blocks on its inbox when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import msgspec
+
+from server.engine.scheduler import Scheduler
+from server.engine.step import StepExecutor
+from server.types import EngineOutput, EngineOutputs, EngineRequest, FinishReason
+
+logger = logging.getLogger(__name__)
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    """End requests without a further output."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the loop after this message."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
+    """What the engine turned out to be, said once when it is ready."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    num_tile_slots: int
+    device: str
+    dtype: str
+    num_parameters: int
+    load_seconds: float
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine could not start; `message` is one line for the operator."""
+
+    message: str
+
+
+ToEngine = EngineRequest | AbortRequests | Shutdown
+FromEngine = EngineOutputs | EngineInfo | EngineFailed
+
+
+class EngineCore:
+    """A scheduler and a runner, stepped together."""
+
+    def __init__(self, scheduler: Scheduler, executor: StepExecutor, info: EngineInfo) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.info = info
+
+    def handle(self, message: ToEngine) -> EngineOutput | None:
+        """Take one message other than Shutdown; an output only when a request is refused."""
+        if isinstance(message, EngineRequest):
+            try:
+                self.scheduler.add(message)
+            except ValueError as error:
+                # The input processor checks all of this first; whatever slips through must not end the loop.
+                logger.error("refused request %s: %s", message.request_id, error)
+                return EngineOutput(
+                    request_id=message.request_id,
+                    new_token_ids=[],
+                    finish_reason=FinishReason.ERROR,
+                    error="the engine refused this request",
+                )
+        elif isinstance(message, AbortRequests):
+            self.scheduler.abort(message.request_ids)
+        return None
+
+    def step(self) -> EngineOutputs:
+        """Run one step. A failure that is nobody's ends the requests of this step and no others."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        encode_seconds = 0.0
+        try:
+            result = self.executor.execute(plan)
+        except Exception:
+            logger.exception("a step with %d requests failed", len(plan.scheduled))
+            outputs = self.scheduler.fail_step(plan, "the engine failed while computing this request")
+        else:
+            outputs = self.scheduler.update(plan, result)
+            encode_seconds = result.encode_seconds
+        stats = self.scheduler.take_stats(step_seconds=time.perf_counter() - started, encode_seconds=encode_seconds)
+        return EngineOutputs(outputs=outputs, stats=stats)
+
+    def run(self, inbox: SimpleQueue[ToEngine], emit: Callable[[EngineOutputs], None]) -> None:
+        """Serve until Shutdown. `emit` is called once a step, and after messages that changed the idle state."""
+        while True:
+            refused = []
+            for message in self._drain(inbox):
+                if isinstance(message, Shutdown):
+                    return
+                output = self.handle(message)
+                if output is not None:
+                    refused.append(output)
+            if refused:
+                emit(EngineOutputs(outputs=refused, stats=self.scheduler.take_stats()))
+            if self.scheduler.has_work:
+                emit(self.step())
+            else:
+                emit(EngineOutputs(outputs=[], stats=self.scheduler.take_stats()))
+            if not self.scheduler.has_work:
+                self.executor.forget(self.scheduler.take_finished())
+                if not self.scheduler.holds_nothing:
+                    logger.error("idle, yet blocks or slots are held")
+
+    def _drain(self, inbox: SimpleQueue[ToEngine]) -> list[ToEngine]:
+        """All messages that are here; waits for one when there is no other work."""
+        messages = []
+        if not self.scheduler.has_work:
+            messages.append(inbox.get())
+        try:
+            while True:
+                messages.append(inbox.get_nowait())
+        except Empty:
+            return messages

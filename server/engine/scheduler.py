@@ -1,0 +1,405 @@
+"""Decides each step's work: which requests advance, by how many tokens, with which blocks and tiles.
+
+There is no prefill or decode phase. Each request's computed tokens catch up with its tokens under one token budget
+and one tile budget; single tokens (decodes) are served first, so that a long prompt never stalls a running stream.
+Knows nothing of tensors, text or time beyond the clock it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from server.engine.encoder_cache import EncoderCache
+from server.engine.kv_cache_manager import KVCacheManager
+from server.engine.queue import WaitingQueue
+from server.engine.request import Request, RequestStatus
+from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput, TileToEncode
+from server.types import EngineOutput, EngineRequest, FinishReason, StepStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """What a step and the caches may hold. `num_blocks` and `num_tile_slots` are what the hardware allowed."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_batched_tiles: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    num_tile_slots: int
+    enable_prefix_caching: bool
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
+        if self.num_blocks * self.block_size < self.max_model_len:
+            raise ValueError(
+                f"{self.num_blocks} blocks of {self.block_size} tokens cannot hold one request of {self.max_model_len}"
+            )
+
+
+class _Step:
+    """The step being put together: what is planned so far and what is left of the budgets."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.tokens_left = limits.max_num_batched_tokens
+        self.tiles_left = limits.max_num_batched_tiles
+        self.scheduled: dict[str, ScheduledRequest] = {}
+        self.tiles: list[TileToEncode] = []
+        self.new: list[NewRequest] = []
+        self.preempted = False
+
+
+class Scheduler:
+    """Owns every request between `add` and its last output."""
+
+    def __init__(self, limits: SchedulerLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self.kv = KVCacheManager(
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            enable_prefix_caching=limits.enable_prefix_caching,
+        )
+        self.encoder = EncoderCache(limits.num_tile_slots)
+        self._clock = clock
+        self._waiting = WaitingQueue()
+        self._running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._finished: list[str] = []  # ended since the last step; the runner may forget them
+        self._known_to_runner: set[str] = set()
+        self._num_added = 0
+        self._counts = dict.fromkeys(_COUNTED, 0)
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, source: EngineRequest) -> None:
+        """Queue a request. Raises ValueError for one that breaks a limit: the input processor refuses those first."""
+        if source.request_id in self._requests:
+            raise ValueError(f"request id {source.request_id} is in use")
+        total = len(source.prompt_token_ids) + source.max_tokens
+        if not source.prompt_token_ids or source.max_tokens < 1 or total > self.limits.max_model_len:
+            raise ValueError(
+                f"{len(source.prompt_token_ids)} prompt and {source.max_tokens} output tokens do not fit "
+                f"a context of {self.limits.max_model_len}"
+            )
+        request = Request(source, self._num_added)
+        self._num_added += 1
+        self._requests[source.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests without an output. Unknown ids (already ended) are ignored."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._finish(request, FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Plan one step. Blocks and slots in the plan are taken; every planned request must go through `update`."""
+        step = _Step(self.limits)
+        # A decode needs one token; serving those first keeps streams flowing while prompts are computed in chunks.
+        decodes = [request for request in self._running if request.num_uncomputed_tokens == 1]
+        prefills = [request for request in self._running if request.num_uncomputed_tokens > 1]
+        for request in decodes + prefills:
+            if request.status is RequestStatus.RUNNING:  # else: preempted a moment ago, for one before it
+                self._advance(step, request)
+        if not step.preempted:
+            self._admit(step)
+        finished, self._finished = self._finished, []
+        # Single tokens first, as the runner wants them; a resumed request may also have just one left.
+        scheduled = sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)
+        # A slot that a preemption freed may have been taken again: only its last content counts.
+        tiles = list({tile.slot: tile for tile in step.tiles}.values())
+        return SchedulerOutput(scheduled=scheduled, new_requests=step.new, tiles=tiles, finished=finished)
+
+    def _advance(self, step: _Step, request: Request) -> None:
+        """Plan a running request's next chunk, preempting those of lower rank for blocks if need be."""
+        num_tokens = min(request.num_uncomputed_tokens, step.tokens_left)
+        num_tokens = self._reachable(step, request, request.num_computed_tokens, num_tokens)
+        if num_tokens == 0:
+            return
+        while (added := self.kv.extend(request, num_tokens)) is None:
+            victim = max(self._running, key=lambda candidate: candidate.rank)
+            self._preempt(step, victim)
+            if victim is request:
+                return
+        self._plan(step, request, num_tokens, added, resumed=False)
+
+    def _admit(self, step: _Step) -> None:
+        """Start waiting requests, in order, while they fit. The first that does not fit ends the step's intake."""
+        while len(self._running) < self.limits.max_num_seqs and step.tokens_left > 0:
+            request = self._waiting.peek()
+            if request is None:
+                return
+            prefix = self.kv.find_prefix(request)
+            start = len(prefix) * self.limits.block_size
+            num_tokens = min(request.num_tokens - start, step.tokens_left)
+            num_tokens = self._reachable(step, request, start, num_tokens)
+            if num_tokens == 0 or not self.kv.can_admit(request, prefix, spare=len(self._running)):
+                return
+            self._waiting.pop()
+            self.kv.start(request, prefix)
+            added = self.kv.extend(request, num_tokens)
+            if added is None:
+                raise RuntimeError("blocks vanished between can_admit and extend")
+            request.status = RequestStatus.RUNNING
+            self._running.append(request)
+            self._note_start(step, request, start)
+            self._plan(step, request, num_tokens, prefix + added, resumed=True)
+
+    def _note_start(self, step: _Step, request: Request, num_cached: int) -> None:
+        self._counts["prefix_queries"] += request.num_tokens
+        self._counts["prefix_hits"] += num_cached
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = num_cached
+            source = request.source
+            eos = () if source.sampling.ignore_eos else source.eos_token_ids
+            step.new.append(
+                NewRequest(
+                    request_id=source.request_id,
+                    prompt_token_ids=source.prompt_token_ids,
+                    sampling=source.sampling,
+                    masked_token_ids=tuple({*eos, *source.sampling.stop_token_ids}),
+                    tiles=source.tiles,
+                    placeholders=source.placeholders,
+                )
+            )
+            self._known_to_runner.add(source.request_id)
+
+    def _reachable(self, step: _Step, request: Request, start: int, num_tokens: int) -> int:
+        """How far a chunk from `start` may go before a tile that neither budget nor slots allow. Takes nothing."""
+        tiles_left = step.tiles_left
+        available = self.encoder.num_available
+        seen: set[bytes] = set()
+        for index in _tiles_between(request, start, start + num_tokens):
+            key = request.source.tiles[index].key
+            if index in request.tile_slots or key in seen or self.encoder.is_pinned(key):
+                continue
+            must_encode = key not in self.encoder
+            if available == 0 or (must_encode and tiles_left == 0):
+                return max(request.source.placeholders[index].offset - start, 0)
+            available -= 1
+            tiles_left -= must_encode
+            seen.add(key)
+        return num_tokens
+
+    def _plan(self, step: _Step, request: Request, num_tokens: int, blocks: list[int], *, resumed: bool) -> None:
+        """Enter a chunk whose blocks are taken: pin its tiles and charge the budgets."""
+        start = request.num_computed_tokens
+        touched = list(_tiles_between(request, start, start + num_tokens))
+        for index in touched:
+            if index not in request.tile_slots:
+                self._pin_tile(step, request, index)
+        step.tokens_left -= num_tokens
+        step.scheduled[request.request_id] = ScheduledRequest(
+            request_id=request.request_id,
+            num_computed_tokens=start,
+            num_tokens=num_tokens,
+            new_block_ids=blocks,
+            resumed=resumed,
+            tile_slots={index: request.tile_slots[index] for index in touched},
+        )
+
+    def _pin_tile(self, step: _Step, request: Request, index: int) -> None:
+        key = request.source.tiles[index].key
+        must_encode = key not in self.encoder
+        slot = self.encoder.pin(key)
+        if slot is None:
+            raise RuntimeError("a tile slot vanished between planning and pinning")
+        request.tile_slots[index] = slot
+        self._counts["tile_queries"] += 1
+        if must_encode:
+            step.tiles_left -= 1
+            step.tiles.append(TileToEncode(request.request_id, index, slot))
+        else:
+            self._counts["tile_hits"] += 1
+
+    def _preempt(self, step: _Step, victim: Request) -> None:
+        """Send a running request back to the queue; its tokens are recomputed, mostly from cached blocks.
+
+        Tiles planned for it this step are still encoded: others may have pinned them meanwhile.
+        """
+        planned = step.scheduled.pop(victim.request_id, None)
+        if planned is not None:
+            step.tokens_left += planned.num_tokens
+        self._release(victim)
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        victim.status = RequestStatus.WAITING
+        self._running.remove(victim)
+        self._waiting.push(victim)
+        step.preempted = True
+        self._counts["num_preemptions"] += 1
+
+    # -- what came of it -----------------------------------------------------------------------------------------
+
+    def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
+        """Take a step's results: advance, end or fail each planned request, and publish full blocks."""
+        outputs = []
+        self._counts["num_encoded_tiles"] += len(step.tiles)
+        for item in step.scheduled:
+            request = self._requests.get(item.request_id)
+            if request is None:
+                continue
+            if item.request_id in result.failed:
+                self._fail(request)
+                outputs.append(self._output(request, [], error=result.failed[item.request_id]))
+                continue
+            output = self._advance_computed(request, item, result.sampled.get(item.request_id))
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _advance_computed(self, request: Request, item: ScheduledRequest, token: int | None) -> EngineOutput | None:
+        self._counts["num_prompt_tokens"] += max(
+            0, min(item.num_tokens, request.num_prompt_tokens - item.num_computed_tokens)
+        )
+        request.num_computed_tokens += item.num_tokens
+        self.kv.publish(request)
+        for index in list(request.tile_slots):
+            if request.source.placeholders[index].end <= request.num_computed_tokens:
+                self._unpin_tile(request, index)
+        if token is None:
+            return None
+        request.append(token)
+        self._counts["num_generated_tokens"] += 1
+        if request.finish_reason is not None:
+            self._finish(request, request.finish_reason)
+        return self._output(request, [token])
+
+    def _output(self, request: Request, token_ids: list[int], error: str | None = None) -> EngineOutput:
+        first = request.num_output_tokens <= 1 and request.first_scheduled_time is not None
+        return EngineOutput(
+            request_id=request.request_id,
+            new_token_ids=token_ids,
+            finish_reason=request.finish_reason,
+            stop_token_id=request.stop_token_id,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=(request.first_scheduled_time or 0.0) - request.source.arrival_time if first else None,
+            error=error,
+        )
+
+    def fail_step(self, step: SchedulerOutput, message: str) -> list[EngineOutput]:
+        """A step broke and nobody can tell for whom: end all that were in it, keep all others."""
+        failed = {item.request_id: message for item in step.scheduled}
+        for tile in step.tiles:
+            # Encoded for a request that was preempted within the step: nobody may reuse what was not written.
+            request = self._requests.get(tile.request_id)
+            if request is not None and tile.request_id not in failed:
+                self.encoder.discard(request.source.tiles[tile.index].key)
+        return self.update(step, ModelRunnerOutput(sampled={}, failed=failed))
+
+    # -- the one place where things are given back ---------------------------------------------------------------
+
+    def _fail(self, request: Request) -> None:
+        keys = [request.source.tiles[index].key for index in request.tile_slots]
+        self._finish(request, FinishReason.ERROR)
+        for key in keys:
+            self.encoder.discard(key)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request.request_id)
+        self._release(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.request_id]
+        if request.request_id in self._known_to_runner:
+            self._known_to_runner.discard(request.request_id)
+            self._finished.append(request.request_id)
+
+    def _release(self, request: Request) -> None:
+        """Give back every block and slot."""
+        self.kv.free(request)
+        for index in list(request.tile_slots):
+            self._unpin_tile(request, index)
+
+    def _unpin_tile(self, request: Request, index: int) -> None:
+        del request.tile_slots[index]
+        self.encoder.unpin(request.source.tiles[index].key)
+
+    def take_finished(self) -> list[str]:
+        """Ids that ended since the last step, for a runner that gets no step soon."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # -- looking in ----------------------------------------------------------------------------------------------
+
+    def take_stats(self, *, step_seconds: float = 0.0, encode_seconds: float = 0.0) -> StepStats:
+        """Gauges as they are and counts since the last call."""
+        counts, self._counts = self._counts, dict.fromkeys(_COUNTED, 0)
+        return StepStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self.kv.pool.num_blocks,
+            num_used_blocks=self.kv.pool.num_used,
+            step_seconds=step_seconds,
+            encode_seconds=encode_seconds,
+            **counts,
+        )
+
+    @property
+    def holds_nothing(self) -> bool:
+        """What must be true whenever no request is here; cheap enough to ask each time."""
+        return self.kv.pool.num_used == 0 and not self.encoder.pin_counts()
+
+    def check_integrity(self) -> None:
+        """Raise unless every block and slot is accounted for by exactly the requests that are here."""
+        self.kv.pool.check_integrity()
+        self.encoder.check_integrity()
+        holders: dict[int, int] = {}
+        pins: dict[bytes, int] = {}
+        for request in self._requests.values():
+            for block_id in request.block_ids:
+                holders[block_id] = holders.get(block_id, 0) + 1
+            for index in request.tile_slots:
+                key = request.source.tiles[index].key
+                pins[key] = pins.get(key, 0) + 1
+        for block_id in range(self.kv.pool.num_blocks):
+            if self.kv.pool.ref_count(block_id) != holders.get(block_id, 0):
+                raise RuntimeError(f"block {block_id} is counted {self.kv.pool.ref_count(block_id)} times")
+        if self.encoder.pin_counts() != pins:
+            raise RuntimeError("encoder slots are pinned for requests that are gone")
+        if len(self._running) + len(self._waiting) != len(self._requests):
+            raise RuntimeError("a request is neither running nor waiting")
+
+
+_COUNTED = (
+    "num_prompt_tokens",
+    "num_generated_tokens",
+    "num_preemptions",
+    "prefix_queries",
+    "prefix_hits",
+    "tile_queries",
+    "tile_hits",
+    "num_encoded_tiles",
+)
+
+
+def _tiles_between(request: Request, start: int, end: int) -> Iterable[int]:
+    """Indices of the tiles with a row in the tokens [start, end)."""
+    for index, placeholder in enumerate(request.source.placeholders):
+        if placeholder.offset >= end:
+            return
+        if placeholder.end > start:
+            yield index

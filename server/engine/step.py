@@ -1,0 +1,85 @@
+"""What the scheduler and the model runner say to each other: one dataclass each way, plain data only.
+
+Policy speaks integers and lists; the runner turns them into tensors. Nothing here knows about devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.types import PlaceholderRange, SamplingParams, Tile
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """All that the runner keeps of a request from its first step to its last.
+
+    `masked_token_ids` are those that end the answer; the sampler hides them until `min_tokens` are out.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    masked_token_ids: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+    placeholders: tuple[PlaceholderRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Compute `num_tokens` tokens of a request from `num_computed_tokens` on.
+
+    `new_block_ids` extend the block table, or replace it when `resumed` (first step, or first after a preemption).
+    `tile_slots` maps each tile that the chunk touches to the row of the encoder slab that holds it.
+    """
+
+    request_id: str
+    num_computed_tokens: int
+    num_tokens: int
+    new_block_ids: list[int]
+    resumed: bool
+    tile_slots: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class TileToEncode:
+    """Encode tile `index` of a request into `slot` before the forward pass."""
+
+    request_id: str
+    index: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step's work. `scheduled` holds single-token requests first; `finished` may be forgotten."""
+
+    scheduled: list[ScheduledRequest]
+    new_requests: list[NewRequest] = field(default_factory=list)
+    tiles: list[TileToEncode] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRunnerOutput:
+    """`sampled` has a token for each request whose chunk reached its last token; `failed` names the culprits.
+
+    A failed request has computed nothing this step; its message is safe to show to a client.
+    """
+
+    sampled: dict[str, int]
+    failed: dict[str, str] = field(default_factory=dict)
+    encode_seconds: float = 0.0
+
+
+class StepExecutor(Protocol):
+    """What the engine needs of a model runner."""
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step to its end."""
+        ...
+
+    def forget(self, request_ids: list[str]) -> None:
+        """Drop the state of requests that ended while no step was due."""
+        ...

@@ -1,0 +1,136 @@
+"""Messages to segments, through the checkpoint's own chat template.
+
+The template never sees what a user wrote: it is rendered with a marker in each text's place, and the result is cut
+at markers and special tokens. So special tokens come from the template alone, whatever a text spells, and the
+template's cost does not depend on a request's size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import CheckpointError
+from server.inputs.tokenizer import IMAGE_TOKEN
+from server.types import ImageInput, TextPart, Turn
+
+# What checkpoints of this family share; used where a checkpoint has none of its own (idefics2-8b-base).
+FAMILY_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'].capitalize() + (':' if message['content'][0]['type'] == 'image' else ': ') }}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt else '' }}"
+)
+
+_OPEN, _CLOSE = "\x02", "\x03"  # around the number of a text; control characters that no template prints
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Plain text, from the template or from a user: no part of it is a special token."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SpecialSegment:
+    token: str
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """The next picture, in the order of the conversation."""
+
+
+Segment = TextSegment | SpecialSegment | ImageSegment
+
+
+class ChatTemplate:
+    """A compiled template. Raises CheckpointError at construction when it cannot be used at all."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, int]) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the chat template does not compile: {error}") from None
+        tokens = "|".join(re.escape(token) for token in sorted(special_tokens, key=len, reverse=True))
+        self._cut = re.compile(f"({tokens}|{_OPEN}[0-9]+{_CLOSE})")
+        self._constants = {
+            name: token
+            for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))
+            if token in special_tokens
+        }
+        probe = (Turn(role="user", parts=(ImageInput(url="", detail="auto", param=""), TextPart("?"))),)
+        if self.render(probe).count(ImageSegment()) != 1:
+            raise CheckpointError("the chat template does not print one image token for one picture")
+
+    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> list[Segment]:
+        """Segments of a conversation; neighbouring texts are joined, empty ones dropped."""
+        texts: list[str] = []
+        messages = [{"role": turn.role, "content": _mark(turn, texts)} for turn in turns]
+        try:
+            rendered = self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._constants
+            )
+        except jinja2.TemplateError as error:
+            raise CheckpointError(f"the chat template failed: {error}") from None
+        segments: list[Segment] = []
+        run: list[str] = []
+        for index, piece in enumerate(self._cut.split(rendered)):
+            if index % 2 == 0:
+                run.append(piece)
+            elif piece.startswith(_OPEN):
+                run.append(texts[int(piece[1:-1])])
+            else:
+                _flush(run, segments)
+                segments.append(ImageSegment() if piece == IMAGE_TOKEN else SpecialSegment(piece))
+        _flush(run, segments)
+        return segments
+
+
+def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:
+    """The template of a checkpoint: `chat_template.jinja`, `.json`, the tokenizer's or processor's, or the family's."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        file = folder / name
+        if file.is_file():
+            template: Any = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, str):
+                return template
+    return tokenizer_template or FAMILY_TEMPLATE
+
+
+def _mark(turn: Turn, texts: list[str]) -> list[dict[str, str]]:
+    """A turn's content as the template sees it; its texts go to `texts`, numbered."""
+    content = []
+    for part in turn.parts:
+        if isinstance(part, ImageInput):
+            content.append({"type": "image"})
+        else:
+            content.append({"type": "text", "text": f"{_OPEN}{len(texts)}{_CLOSE}"})
+            texts.append(part.text)
+    return content
+
+
+def _flush(run: list[str], segments: list[Segment]) -> None:
+    text = "".join(run)
+    run.clear()
+    if text:
+        segments.append(TextSegment(text))
+
+
+def _refuse(message: str) -> NoReturn:
+    """What templates call to reject a conversation."""
+    raise jinja2.TemplateError(message)

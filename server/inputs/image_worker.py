@@ -1,0 +1,140 @@
+"""A process that decodes and resizes images: `python -m server.inputs.image_worker MEMORY_BYTES`.
+
+Hostile files are opened here and nowhere else, so that a decoder that hangs, crashes or eats memory costs one
+process and one image. Reads jobs from stdin and writes replies to stdout, one at a time, until stdin closes.
+
+A frame is four bytes of length (big-endian) and a msgpack message.
+    in:  frame(Job), then `data_length` bytes, the image file
+    out: frame(Reply), then the pixels of each of its tiles in order; first of all an empty Reply, for "ready"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import msgspec
+from PIL import Image
+
+from server.errors import ClientError
+from server.inputs.image_decode import decode_rgb
+from server.inputs.image_processor import ImageSettings, make_tiles
+from server.types import Tile
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One image file to turn into tiles; `data_length` is its size in bytes."""
+
+    data_length: int
+    split: bool
+    max_pixels: int
+    settings: ImageSettings
+
+
+class TileHeader(msgspec.Struct, frozen=True):
+    """A tile without its pixels, of which there are height × width × 3 bytes."""
+
+    key: bytes
+    height: int
+    width: int
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """Tiles, or the code and message of the error that the client gets instead."""
+
+    tiles: tuple[TileHeader, ...] = ()
+    code: str | None = None
+    message: str = ""
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A signal sent to the whole group is the parent's to handle: it may want to finish what it holds, and closes
+        # stdin when it is done.
+        signal.signal(number, signal.SIG_IGN)
+    # Replies go through a private copy of stdout: whatever a library prints ends up in the log, not in the stream.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _widen_pipe(replies.fileno())
+    _limit_memory(int(sys.argv[1]))
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        _send(replies, Reply(), ())
+        _serve(sys.stdin.buffer, replies)
+
+
+def _serve(jobs: BinaryIO, replies: BinaryIO) -> None:
+    gc.freeze()
+    while _serve_one(jobs, replies):
+        # Pillow's files refer to themselves, and would keep their pixels until the next collection. The reply is out,
+        # and what was there at the start is frozen, so this costs nobody anything.
+        gc.collect()
+
+
+def _serve_one(jobs: BinaryIO, replies: BinaryIO) -> bool:
+    """False at the end of the input, which may come in mid-sentence if the parent dies."""
+    length = jobs.read(4)
+    if not length:
+        return False
+    job = msgspec.msgpack.decode(jobs.read(int.from_bytes(length, "big")), type=Job)
+    data = jobs.read(job.data_length)
+    if len(data) < job.data_length:
+        return False
+    reply, tiles = _answer(job, data)
+    _send(replies, reply, tiles)
+    return True
+
+
+def _answer(job: Job, data: bytes) -> tuple[Reply, list[Tile]]:
+    # Pillow's own bomb check, a second wall behind ours, also looks at crops; by default it is stricter than what
+    # a server may allow.
+    Image.MAX_IMAGE_PIXELS = job.max_pixels
+    try:
+        tiles = make_tiles(decode_rgb(data, max_pixels=job.max_pixels), split=job.split, settings=job.settings)
+    except ClientError as error:
+        return Reply(code=error.code, message=error.message), []
+    except MemoryError:
+        return Reply(code="image_too_large", message="the image needs more memory than one image may take"), []
+    return Reply(tiles=tuple(TileHeader(tile.key, tile.height, tile.width) for tile in tiles)), tiles
+
+
+def _send(replies: BinaryIO, reply: Reply, tiles: Sequence[Tile]) -> None:
+    message = msgspec.msgpack.encode(reply)
+    replies.write(len(message).to_bytes(4, "big") + message)
+    for tile in tiles:
+        replies.write(tile.pixels)
+    replies.flush()
+
+
+def _limit_memory(extra_bytes: int) -> None:
+    """Let the address space grow by `extra_bytes` and no further; an allocation beyond that is a MemoryError."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the user's picture
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return  # not Linux: other systems do not enforce this limit either
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + extra_bytes
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _widen_pipe(descriptor: int) -> None:
+    """A tile is up to 2.9 MB and a pipe holds 64 KiB: with 1 MiB the parent wakes up far less often."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # the user's pipe quota is spent; slower, not wrong
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, 1 << 20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The one place that builds and wires: configuration in, running engine and application out."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import cast
+
+import torch
+import uvicorn
+import uvloop
+
+from server.api.app import build_app
+from server.config import ServerConfig
+from server.demo.checkpoint import ensure_demo
+from server.engine.client import EngineClient, ProcessClient, ThreadClient
+from server.engine.core import EngineCore, EngineInfo
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.errors import CheckpointError, ConfigError
+from server.inputs.chat_template import ChatTemplate, read_chat_template
+from server.inputs.image_fetch import ImageFetcher
+from server.inputs.image_pool import ImagePool
+from server.inputs.image_processor import ImageSettings
+from server.inputs.images import ImageLoader
+from server.inputs.processor import InputProcessor
+from server.inputs.tokenizer import Tokenizer
+from server.llm import AsyncLLM
+from server.model.attention.sdpa import SdpaAttention
+from server.model.config import ModelConfig, load_model_config
+from server.model.idefics2 import Idefics2Model
+from server.model.loader import load_model, resolve_model
+from server.model.mistral import MistralLayer
+from server.observability.logs import configure_logging
+from server.observability.metrics import ServerMetrics
+from server.outputs.detokenizer import TokenTable
+from server.outputs.processor import OutputProcessor
+from server.runner.kv_cache import allocate_kv_cache, block_bytes
+from server.runner.memory import choose_context, kv_budget_bytes
+from server.runner.model_runner import ModelRunner
+from server.runner.sampler import Sampler
+from server.runner.vision_runner import VisionRunner
+
+logger = logging.getLogger(__name__)
+
+# Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
+# streams wait for it; on CUDA they are nearly free until the matrix units are full.
+DEFAULT_BUDGETS = {"cpu": (256, 1), "cuda": (4096, 5)}
+
+
+def resolve_folder(config: ServerConfig) -> Path:
+    """The checkpoint's folder, downloaded or written first if need be."""
+    return ensure_demo() if config.model is None else resolve_model(config.model, config.revision)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by config; ConfigError when CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, and PyTorch finds no CUDA device")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, float32 elsewhere, or what was asked for."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def build_core(config: ServerConfig, folder: Path) -> EngineCore:
+    """Load the model and put an engine around it. Runs in the engine's own thread or process."""
+    started = time.perf_counter()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    model_config = load_model_config(folder)
+    default_tokens, default_tiles = DEFAULT_BUDGETS[device.type]
+    max_tokens = config.max_num_batched_tokens or max(default_tokens, config.max_num_seqs)
+    max_tiles = config.max_num_batched_tiles or default_tiles
+    attention = SdpaAttention(sliding_window=model_config.text.sliding_window)
+    model = load_model(
+        folder,
+        model_config,
+        attention=attention,
+        device=device,
+        dtype=dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        progress=True,
+    )
+    budget = kv_budget_bytes(
+        device=device,
+        requested_gib=config.kv_cache_memory_gb,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        run_largest_step=functools.partial(_largest_step, model, model_config, max_tokens, max_tiles),
+    )
+    num_blocks, max_model_len = choose_context(
+        budget_bytes=budget,
+        block_bytes=block_bytes(model_config, block_size=config.block_size, dtype=dtype),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        requested_len=config.max_model_len,
+        model_len=model_config.text.max_position_embeddings,
+    )
+    runner = ModelRunner(
+        model,
+        attention=attention,
+        caches=allocate_kv_cache(
+            model_config, num_blocks=num_blocks, block_size=config.block_size, device=device, dtype=dtype
+        ),
+        vision=VisionRunner(
+            model,
+            num_slots=config.encoder_cache_tiles,
+            rows_per_tile=model_config.perceiver.num_latents,
+            hidden=model_config.text.hidden_size,
+            device=device,
+        ),
+        sampler=Sampler(model_config.suppressed_token_ids, device),
+        device=device,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        max_num_batched_tiles=max_tiles,
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        num_tile_slots=config.encoder_cache_tiles,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    info = EngineInfo(
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        num_tile_slots=config.encoder_cache_tiles,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        load_seconds=time.perf_counter() - started,
+    )
+    return EngineCore(Scheduler(limits), runner, info)
+
+
+@torch.inference_mode()
+def _largest_step(model: Idefics2Model, config: ModelConfig, max_tokens: int, max_tiles: int) -> None:
+    """The memory peak of a step without its KV cache: the widest layer over a full batch, and full-size tiles."""
+    device = next(model.parameters()).device
+    edge = config.images.longest_edge
+    model.encode_tiles(torch.zeros((max_tiles, edge, edge, 3), dtype=torch.uint8, device=device))
+    embeddings = model.embed(torch.zeros(max_tokens, dtype=torch.int64, device=device))
+    cast(MistralLayer, model.text.layers[0]).mlp(embeddings)
+    model.compute_logits(embeddings[: min(max_tokens, 256)])
+
+
+def build_client(config: ServerConfig, folder: Path) -> EngineClient:
+    factory = functools.partial(build_core, config, folder)
+    return ProcessClient(factory) if config.engine_client == "process" else ThreadClient(factory)
+
+
+def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> InputProcessor:
+    """Template, tokenizer and image pipeline of a checkpoint. Raises CheckpointError when they contradict its model."""
+    model = load_model_config(folder)
+    tokenizer = Tokenizer(folder)
+    if tokenizer.image_token_id != model.image_token_id:
+        raise CheckpointError(
+            f"{folder}: the tokenizer's image token is {tokenizer.image_token_id}, the model's {model.image_token_id}"
+        )
+    return InputProcessor(
+        tokenizer=tokenizer,
+        template=ChatTemplate(
+            read_chat_template(folder, tokenizer.chat_template), special_tokens=tokenizer.special_tokens
+        ),
+        images=_build_images(config, model, metrics),
+        rows_per_tile=model.perceiver.num_latents,
+        eos_token_ids=model.eos_token_ids,
+        max_images=config.max_images,
+    )
+
+
+def _build_images(config: ServerConfig, model: ModelConfig, metrics: ServerMetrics) -> ImageLoader:
+    settings = ImageSettings(
+        shortest_edge=model.images.shortest_edge,
+        longest_edge=model.images.longest_edge,
+        do_image_splitting=model.images.do_image_splitting,
+    )
+    return ImageLoader(
+        ImageFetcher(max_bytes=config.max_image_bytes, timeout=config.image_fetch_timeout),
+        ImagePool(
+            config.image_workers, config.image_decode_timeout, max_pixels=config.max_image_pixels, settings=settings
+        ),
+        settings,
+        splitting=config.image_splitting,
+        max_bytes=config.max_image_bytes,
+        observe_fetch=metrics.record_image_fetch,
+        observe_decode=metrics.record_image_decode,
+    )
+
+
+def build_llm(config: ServerConfig) -> AsyncLLM:
+    """Everything but HTTP. Fails early, with one line, on a checkpoint or a configuration that cannot work."""
+    folder = resolve_folder(config)
+    choose_device(config.device)
+    model_root = config.model or "idefics2-demo"
+    names = tuple(config.served_model_name) or (model_root,)
+    metrics = ServerMetrics(names[0])
+    inputs = build_inputs(config, folder, metrics)
+    described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {config.dtype} {config.load_format}"
+    return AsyncLLM(
+        config,
+        client=build_client(config, folder),
+        inputs=inputs,
+        outputs=OutputProcessor(
+            TokenTable.from_pieces(inputs.tokenizer.pieces(), inputs.tokenizer.special_tokens.values()), metrics
+        ),
+        metrics=metrics,
+        model_names=names,
+        model_root=model_root,
+        vocab_size=load_model_config(folder).text.vocab_size,
+        fingerprint=hashlib.sha256(described.encode()).hexdigest()[:8],
+    )
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until SIGTERM or SIGINT. Liveness answers while the model loads. Raises ConfigError or CheckpointError."""
+    configure_logging()
+    llm = build_llm(config)
+    app = build_app(llm, config)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(config.shutdown_timeout),
+        )
+    )
+    return uvloop.run(_serve(llm, server))
+
+
+async def _serve(llm: AsyncLLM, server: uvicorn.Server) -> int:
+    loading = asyncio.create_task(_load(llm, server))
+    try:
+        await server.serve()
+    finally:
+        await llm.close()
+    await loading
+    return 0
+
+
+async def _load(llm: AsyncLLM, server: uvicorn.Server) -> None:
+    """Start the engine; if it cannot start, the server goes too."""
+    try:
+        info = await llm.start()
+    except BaseException:
+        if server.should_exit:
+            return  # stopped by the operator while loading
+        server.should_exit = True
+        raise
+    logger.info(
+        "ready: %s, %.0f M parameters in %s on %s, %.1f s; context %d, %d KV blocks of %d tokens, %d tile slots",
+        ", ".join(llm.model_names),
+        info.num_parameters / 1e6,
+        info.dtype,
+        info.device,
+        info.load_seconds,
+        info.max_model_len,
+        info.num_blocks,
+        info.block_size,
+        info.num_tile_slots,
+    )

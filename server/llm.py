@@ -1,0 +1,169 @@
+"""`AsyncLLM`: the facade between HTTP and the engine. `prepare` a conversation, then iterate over `generate`.
+
+One cancel path: whoever stops iterating early closes the generator, and its `finally` aborts in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from server.config import ServerConfig
+from server.engine.client import EngineClient
+from server.engine.core import AbortRequests, EngineInfo
+from server.errors import CapacityError, EngineDeadError, UnavailableError
+from server.inputs.processor import InputProcessor
+from server.observability.metrics import ServerMetrics
+from server.outputs.processor import OutputProcessor
+from server.types import ChatInput, EngineOutputs, EngineRequest, RequestOutput
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+
+
+class AsyncLLM:
+    """Everything a front end needs of an engine. Lives in one event loop, between `start` and `close`."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        client: EngineClient,
+        inputs: InputProcessor,
+        outputs: OutputProcessor,
+        metrics: ServerMetrics,
+        model_names: tuple[str, ...],
+        model_root: str,
+        vocab_size: int,
+        fingerprint: str,
+    ) -> None:
+        """`fingerprint` tells configurations apart whose answers may differ."""
+        self.model_names = model_names
+        self.model_root = model_root
+        self.vocab_size = vocab_size
+        self.system_fingerprint = f"idefics2-server-{VERSION}-{fingerprint}"
+        self.metrics = metrics
+        self._client = client
+        self._inputs = inputs
+        self._outputs = outputs
+        self._max_in_flight = config.max_num_seqs + config.max_num_queued_reqs
+        self._max_num_seqs = config.max_num_seqs
+        self._preparing = 0
+        self._info: EngineInfo | None = None
+        self._death: str | None = None
+        self._draining = False
+        self._recent_seconds = 1.0  # smoothed time a request takes, for Retry-After
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and wait until it is ready. Raises ConfigError or CheckpointError when it cannot start."""
+        loop = asyncio.get_running_loop()
+
+        def on_outputs(outputs: EngineOutputs) -> None:
+            loop.call_soon_threadsafe(self._on_outputs, outputs)
+
+        def on_death(reason: str) -> None:
+            loop.call_soon_threadsafe(self._on_death, reason)
+
+        await self._inputs.start()
+        self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
+        return self._info
+
+    async def close(self) -> None:
+        """Refuse new work, end what is still open with an error, and stop the engine."""
+        self._draining = True
+        self._outputs.fail_all(UnavailableError("the server is shutting down", retry_after=1.0))
+        await self._inputs.close()
+        await asyncio.to_thread(self._client.close)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise UnavailableError("the model is still loading", code="model_loading", retry_after=5.0)
+        return self._info
+
+    @property
+    def max_model_len(self) -> int:
+        return self.info.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        return self._death is None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._info is not None and self.is_alive and not self._draining
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._preparing + len(self._outputs)
+
+    def check_capacity(self) -> None:
+        """Raise CapacityError or UnavailableError when a request cannot be taken now."""
+        if self._death is not None:
+            raise EngineDeadError("the engine is not running", retry_after=5.0)
+        if self._draining:
+            raise UnavailableError("the server is shutting down", retry_after=1.0)
+        _ = self.info  # refuses while loading
+        if self.num_in_flight >= self._max_in_flight:
+            waves = self.num_in_flight / self._max_num_seqs
+            raise CapacityError(
+                f"the queue is full: {self.num_in_flight} requests are running or waiting, the limit is "
+                f"{self._max_in_flight}",
+                retry_after=min(max(waves * self._recent_seconds / 2, 1.0), 60.0),
+            )
+
+    # -- one request ---------------------------------------------------------------------------------------------
+
+    async def prepare(self, chat: ChatInput) -> EngineRequest:
+        """Template, limits, tokens and pictures. Raises ClientError; nothing has reached the engine yet."""
+        self._preparing += 1
+        try:
+            return await self._inputs.process(chat, max_model_len=self.info.max_model_len)
+        finally:
+            self._preparing -= 1
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request until its finish_reason. Raises ServerError when the engine fails it."""
+        wake = asyncio.Event()
+        stream = self._outputs.open(request, wake.set)
+        try:
+            self._client.submit(request)
+            while True:
+                output = stream.take()
+                if output is None:
+                    await wake.wait()
+                    wake.clear()
+                    continue
+                yield output
+                if output.finish_reason is not None:
+                    self._recent_seconds += 0.1 * (time.monotonic() - request.arrival_time - self._recent_seconds)
+                    return
+        finally:
+            stream.abandon()
+            self._outputs.close(request.request_id)
+            if not stream.engine_finished:
+                self._abort([request.request_id])
+
+    def _abort(self, request_ids: list[str]) -> None:
+        with contextlib.suppress(EngineDeadError):  # then nothing is left to abort in
+            self._client.submit(AbortRequests(request_ids))
+
+    # -- from the engine -----------------------------------------------------------------------------------------
+
+    def _on_outputs(self, outputs: EngineOutputs) -> None:
+        ended_here = self._outputs.process(outputs)
+        if ended_here:
+            self._abort(ended_here)
+
+    def _on_death(self, reason: str) -> None:
+        logger.error("engine death: %s", reason)
+        self._death = reason
+        self._outputs.fail_all(EngineDeadError("the engine stopped while computing this request", retry_after=5.0))

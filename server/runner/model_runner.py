@@ -1,0 +1,109 @@
+"""Runs the steps that the scheduler plans: encode tiles, embed and merge, forward, sample.
+
+Knows tensors and the plan's plain data; knows nothing of queues, blocks' owners or text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from server.model.attention.base import AttentionBackend, LayerCache
+from server.model.idefics2 import Idefics2Model
+from server.runner.input_batch import InputBatch, RequestState, build_input_batch
+from server.runner.sampler import Sampler
+from server.runner.vision_runner import VisionRunner
+
+
+class ModelRunner:
+    """The model, its caches and the requests in flight."""
+
+    def __init__(
+        self,
+        model: Idefics2Model,
+        *,
+        attention: AttentionBackend,
+        caches: list[LayerCache],
+        vision: VisionRunner,
+        sampler: Sampler,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._caches = caches
+        self._vision = vision
+        self._sampler = sampler
+        self._device = device
+        self._dtype = next(model.parameters()).dtype
+        self._block_size = caches[0].key.shape[1]
+        self._states: dict[str, RequestState] = {}
+
+    def forget(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._states.pop(request_id, None)
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step to its end. What fails for one request alone is in `failed`; anything else raises."""
+        self._take_in(step)
+        started = time.perf_counter()
+        failed_slots = self._vision.encode(step.tiles, self._states) if step.tiles else set()
+        encode_seconds = time.perf_counter() - started
+        failed = {
+            item.request_id: "a picture of this request could not be encoded"
+            for item in step.scheduled
+            if not failed_slots.isdisjoint(item.tile_slots.values())
+        }
+        scheduled = [item for item in step.scheduled if item.request_id not in failed]
+        sampled = self._compute(scheduled, failed) if scheduled else {}
+        return ModelRunnerOutput(sampled=sampled, failed=failed, encode_seconds=encode_seconds)
+
+    def _take_in(self, step: SchedulerOutput) -> None:
+        self.forget(step.finished)
+        for new in step.new_requests:
+            self._states[new.request_id] = RequestState(source=new, token_ids=list(new.prompt_token_ids))
+        for item in step.scheduled:
+            state = self._states[item.request_id]
+            if item.resumed:
+                state.block_ids = list(item.new_block_ids)
+            else:
+                state.block_ids += item.new_block_ids
+
+    def _compute(self, scheduled: Sequence[ScheduledRequest], failed: dict[str, str]) -> dict[str, int]:
+        """Forward and sample. Adds to `failed` the requests whose logits are of no use."""
+        batch = build_input_batch(
+            scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
+        )
+        hidden = self._forward(batch)
+        if not batch.sampled:
+            return {}
+        logits = self._model.compute_logits(hidden[batch.logits_indices])
+        sampled = {}
+        for state, token in zip(batch.sampled, self._sampler.sample(logits, batch.sampled), strict=True):
+            request_id = state.source.request_id
+            if token is None:
+                failed[request_id] = "the model produced no finite logits for this request"
+            else:
+                state.token_ids.append(token)
+                sampled[request_id] = token
+        return sampled
+
+    def _forward(self, batch: InputBatch) -> torch.Tensor:
+        """Hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""
+        metadata = self._attention.build_metadata(
+            query_lens=batch.query_lens,
+            seq_lens=batch.seq_lens,
+            block_tables=batch.block_tables,
+            block_size=self._block_size,
+            device=self._device,
+            dtype=self._dtype,
+        )
+        embeddings = self._model.embed(batch.token_ids)
+        if batch.image_rows.numel():
+            rows = self._vision.rows[batch.image_rows]
+            embeddings = self._model.merge(embeddings, rows, batch.image_positions)
+        hidden: torch.Tensor = self._model(embeddings, batch.positions, self._caches, metadata)
+        return hidden

@@ -1,0 +1,51 @@
+"""Everything that changes logits before a token is chosen: penalties, bias, and tokens that may not come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from server.runner.input_batch import RequestState
+
+
+def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Tensor) -> None:
+    """Change float32 logits [S, vocab] in place, row by row, for the requests that ask for it.
+
+    `forbidden` ids (the image tokens) come last, so that no bias brings them back.
+    """
+    for row, state in zip(logits, states, strict=True):
+        sampling = state.source.sampling
+        if sampling.repetition_penalty != 1.0:
+            _repetition(row, state, sampling.repetition_penalty, forbidden)
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            _presence_and_frequency(row, state)
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), device=row.device)
+            row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
+        if state.num_output_tokens < sampling.min_tokens and state.source.masked_token_ids:
+            row[list(state.source.masked_token_ids)] = float("-inf")
+    logits[:, forbidden] = float("-inf")
+
+
+def _repetition(row: Tensor, state: RequestState, penalty: float, forbidden: Tensor) -> None:
+    """Tokens of prompt and answer get logit / penalty if positive, logit × penalty if not (CTRL, arXiv 1909.05858).
+
+    Image tokens stand for pictures, not for words that were said.
+    """
+    seen = torch.tensor(sorted(set(state.token_ids) - set(forbidden.tolist())), device=row.device)
+    values = row[seen]
+    row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _presence_and_frequency(row: Tensor, state: RequestState) -> None:
+    """OpenAI's additive penalties, over the answer alone."""
+    sampling = state.source.sampling
+    counts = Counter(state.token_ids[len(state.source.prompt_token_ids) :])
+    if not counts:
+        return
+    ids = torch.tensor(list(counts), device=row.device)
+    times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+    row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times

@@ -1,0 +1,346 @@
+"""What holds for every path: errors in one shape, ids, limits, the log, and the endpoints that machines ask."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message, Receive, Scope, Send
+
+from server.api.middleware import RequestMiddleware
+from server.errors import EngineDeadError, UnavailableError
+from server.types import StepStats
+
+from .scripted_llm import ScriptedLLM, serving, wait_until
+
+HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[ScriptedLLM, str]]:
+    llm = ScriptedLLM()
+    with serving(llm, max_body_mb=0.25) as url:
+        yield llm, url
+
+
+@pytest.fixture
+def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
+    server[0].reset()
+    return server[0]
+
+
+@pytest.fixture
+def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
+    return server[1]
+
+
+def samples(llm: ScriptedLLM) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    text = llm.metrics.render()[0].decode()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def http_count(llm: ScriptedLLM, **labels: str) -> float:
+    return samples(llm).get(("idefics2:http_requests_total", frozenset(labels.items())), 0.0)
+
+
+def is_error(answer: httpx.Response, status: int, code: str) -> bool:
+    error = answer.json()["error"]
+    return (
+        answer.status_code == status
+        and error["code"] == code
+        and set(answer.json()) == {"error"}
+        and set(error) == {"message", "type", "param", "code"}
+        and isinstance(error["message"], str)
+        and "x-request-id" in answer.headers
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/nothing", "/v1/chat/completions/", "/v1/embeddings", "//v1/models", "/v1/models/a%0Ab"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_unknown_paths(url: str, method: str, path: str) -> None:
+    assert is_error(httpx.request(method, url + path), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("PUT", "/health", "GET"),
+        ("POST", "/metrics", "GET"),
+    ],
+)
+def test_wrong_methods(url: str, method: str, path: str, allow: str) -> None:
+    answer = httpx.request(method, url + path)
+    assert is_error(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == allow
+
+
+def test_models(url: str, llm: ScriptedLLM) -> None:
+    body = httpx.get(f"{url}/v1/models").json()
+    assert body["object"] == "list"
+    assert [card["id"] for card in body["data"]] == list(llm.model_names)
+    card = body["data"][0]
+    assert isinstance(card.pop("created"), int)
+    assert card == {
+        "id": "idefics2-8b",
+        "object": "model",
+        "owned_by": "idefics2-server",
+        "root": "HuggingFaceM4/idefics2-8b",
+        "parent": None,
+        "max_model_len": 4096,
+    }
+
+
+@pytest.mark.parametrize("path", ["idefics2-8b", "HuggingFaceM4/idefics2-8b", "HuggingFaceM4%2Fidefics2-8b"])
+def test_one_model(url: str, path: str) -> None:
+    answer = httpx.get(f"{url}/v1/models/{path}")
+    assert answer.status_code == 200
+    assert answer.json()["id"] == path.replace("%2F", "/")
+
+
+@pytest.mark.parametrize("path", ["gpt-4", "a/b/c", "", "..%2F..%2Fetc"])
+def test_no_such_model(url: str, path: str) -> None:
+    assert is_error(httpx.get(f"{url}/v1/models/{path}"), 404, "model_not_found")
+
+
+def test_sdk_models(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as client:
+        assert client.models.list().data[0].id == "idefics2-8b"
+        assert client.models.retrieve("HuggingFaceM4/idefics2-8b").object == "model"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("gpt-4")
+
+
+@pytest.mark.parametrize(
+    ("is_alive", "is_ready", "expected"),
+    [
+        (True, True, {"/health": 200, "/health/live": 200, "/health/ready": 200}),
+        (True, False, {"/health": 503, "/health/live": 200, "/health/ready": 503}),
+        (False, False, {"/health": 503, "/health/live": 503, "/health/ready": 503}),
+    ],
+)
+def test_health(url: str, llm: ScriptedLLM, *, is_alive: bool, is_ready: bool, expected: dict[str, int]) -> None:
+    llm.is_alive, llm.is_ready = is_alive, is_ready
+    for path, status in expected.items():
+        answer = httpx.get(url + path)
+        if status == 200:
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        else:
+            code = "server_shutting_down" if is_alive else "engine_unavailable"
+            assert is_error(answer, 503, code)
+            assert 1 <= int(answer.headers["retry-after"]) <= 120
+    assert httpx.get(f"{url}/metrics").status_code == 200
+
+
+def test_health_says_why(url: str, llm: ScriptedLLM) -> None:
+    """Loading and draining have codes of their own, which only the facade can tell apart."""
+    llm.is_ready = False
+    llm.capacity_error = UnavailableError("the model is still loading", code="model_loading", retry_after=5.0)
+    answer = httpx.get(f"{url}/health/ready")
+    assert is_error(answer, 503, "model_loading")
+    assert answer.headers["retry-after"] == "5"
+    llm.is_alive = False
+    llm.capacity_error = EngineDeadError("gone")
+    assert is_error(httpx.get(f"{url}/health/live"), 503, "engine_unavailable")
+
+
+# -- request ids and headers -----------------------------------------------------------------------------------------
+
+
+def test_a_good_id_is_echoed(url: str) -> None:
+    for given in ("abc-1.2_3", "x" * 128):
+        assert httpx.get(f"{url}/health", headers={"x-request-id": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", [b"", b"a b", b"x" * 129, b"x" * 10_000, b"a\tb", b"\xc3\xa9", b"{}"])
+def test_a_bad_id_is_replaced(url: str, given: bytes) -> None:
+    answer = httpx.get(f"{url}/health", headers={b"x-request-id": given})
+    assert answer.status_code == 200
+    assert re.fullmatch("req_[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+def test_ids_of_one_name_do_not_meet(url: str, llm: ScriptedLLM) -> None:
+    """A client's id is for its own logs; what the engine knows a request by is always new."""
+    for _ in range(2):
+        httpx.post(f"{url}/v1/chat/completions", json={**HELLO, "request_id": "same"}, headers={"x-request-id": "same"})
+    assert len({chat.request_id for chat in llm.chats}) == 2
+    assert "same" not in {chat.request_id for chat in llm.chats}
+
+
+def test_openai_headers(url: str) -> None:
+    for answer in (httpx.get(f"{url}/health"), httpx.get(f"{url}/nothing"), httpx.post(f"{url}/v1/chat/completions")):
+        assert answer.headers["openai-version"] == "2020-10-01"
+        assert int(answer.headers["openai-processing-ms"]) >= 0
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_over_the_limit(url: str) -> None:
+    body = b'{"x":"' + b"a" * (1 << 20) + b'"}'
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert is_error(answer, 413, "request_too_large")
+    assert "0.25 MiB" in answer.json()["error"]["message"]
+
+
+def test_a_body_over_the_limit_in_chunks(url: str) -> None:
+    pieces = (b"a" * 65536 for _ in range(16))
+    answer = httpx.post(f"{url}/v1/chat/completions", content=pieces, headers={"content-type": "application/json"})
+    assert is_error(answer, 413, "request_too_large")
+
+
+def test_a_body_at_the_limit(url: str) -> None:
+    text = "a" * ((1 << 18) - len(b'{"messages":[{"role":"user","content":""}]}'))
+    for extra, status in [("", 200), ("a", 413)]:
+        body = '{"messages":[{"role":"user","content":"%s"}]}' % (text + extra)
+        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == status
+
+
+def test_a_declared_body_is_refused_before_it_is_sent(url: str) -> None:
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=2) as client:
+        started = time.monotonic()
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
+        )
+        answer = client.recv(65536)
+        assert time.monotonic() - started < 1
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in answer
+    assert b"100 Continue" not in answer
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])
+def test_a_client_that_sends_all_before_it_reads(url: str, framing: bytes) -> None:
+    """Closing on what it still sends would reset the connection and destroy its answer."""
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=5) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + framing
+            + b"\r\n\r\n"
+        )
+        piece = b"a" * (1 << 20)
+        for _ in range(8):
+            client.sendall(piece if b"Length" in framing else b"100000\r\n" + piece + b"\r\n")
+        if b"chunked" in framing:
+            client.sendall(b"0\r\n\r\n")
+        answer = b""
+        while received := client.recv(65536):
+            answer += received
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.endswith(b"}")
+
+
+def test_a_disconnect_after_the_answer_is_none() -> None:
+    """Servers say "disconnect" to whoever receives after the end, too."""
+    llm = ScriptedLLM()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x"})
+        await receive()
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "headers": []}
+    asyncio.run(RequestMiddleware(app, metrics=llm.metrics)(scope, receive, send))
+    assert http_count(llm, handler="other", method="GET", status="200") == 1
+
+
+def send_for(client: socket.socket, data: bytes, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        client.sendall(data)
+        time.sleep(0.001)
+
+
+def test_an_endless_body_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets its answer, and then a little while to read it, but not for ever."""
+    monkeypatch.setattr("server.api.middleware.LINGER_SECONDS", 0.3)
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port), timeout=2) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            send_for(client, b"4000\r\n" + b"a" * 0x4000 + b"\r\n", seconds=5)
+
+
+# -- what is logged and counted --------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_counted_by_route(url: str, llm: ScriptedLLM) -> None:
+    cases: list[tuple[str, str, dict[str, str]]] = [
+        ("GET", "/v1/models/a/b", {"handler": "/v1/models/{model_id:path}", "method": "GET", "status": "404"}),
+        ("GET", "/health/live", {"handler": "/health/live", "method": "GET", "status": "200"}),
+        ("GET", "/some/path/of/mine", {"handler": "other", "method": "GET", "status": "404"}),
+        ("PROPFIND", "/v1/models", {"handler": "/v1/models", "method": "other", "status": "405"}),
+        ("POST", "/v1/chat/completions", {"handler": "/v1/chat/completions", "method": "POST", "status": "415"}),
+    ]
+    for method, path, labels in cases:
+        before = http_count(llm, **labels)
+        httpx.request(method, url + path)
+        wait_until(lambda: http_count(llm, **labels) == before + 1)  # noqa: B023 - called at once
+    assert "/some/path" not in llm.metrics.render()[0].decode()
+
+
+def test_the_access_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        httpx.get(f"{url}/health")
+        httpx.get(f"{url}/metrics")
+        httpx.get(f"{url}/v1/models/a%0Ab?token=secret")
+        httpx.post(f"{url}/v1/chat/completions", json=HELLO)
+        wait_until(lambda: len([record for record in caplog.records if record.name == "server.access"]) == 2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "server.access"]
+    assert re.fullmatch(r"GET /v1/models/a%0Ab 404 \d+ms", lines[0])
+    assert re.fullmatch(r"POST /v1/chat/completions 200 \d+ms", lines[1])
+
+
+def test_an_unexpected_error_is_logged_with_its_cause(
+    url: str, llm: ScriptedLLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.script = [ZeroDivisionError("what went wrong")]
+    answer = httpx.post(f"{url}/v1/chat/completions", json=HELLO)
+    assert is_error(answer, 500, "internal_error")
+    assert "wrong" not in answer.text
+    record = next(record for record in caplog.records if record.exc_info)
+    assert "what went wrong" in str(record.exc_info)
+
+
+def test_metrics_endpoint(url: str, llm: ScriptedLLM) -> None:
+    llm.metrics.record_step(StepStats(num_running=3))
+    answer = httpx.get(f"{url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert 'idefics2:num_requests_running{model_name="idefics2-8b"} 3.0' in answer.text.splitlines()
+
+
+def test_a_bad_host_header_changes_nothing(url: str) -> None:
+    headers: dict[str, Any] = {"host": "evil.example/?x="}
+    assert httpx.get(f"{url}/health", headers=headers).status_code == 200
+    assert is_error(httpx.get(f"{url}/v1/models/x/", headers=headers), 404, "model_not_found")

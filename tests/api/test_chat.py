@@ -1,0 +1,334 @@
+"""The chat endpoint end to end, through OpenAI's own client and plain HTTP, on a real socket."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from server.api.schemas import EXAMPLE_IMAGE
+from server.errors import ClientError, EngineDeadError, RequestFailedError, UnavailableError
+from server.types import FinishReason, ImageInput, TextPart
+
+from .scripted_llm import QUEUE_FULL, ScriptedLLM, say, serving
+
+HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
+PICTURE: list[Any] = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "What is this?"},
+            {"type": "image_url", "image_url": {"url": EXAMPLE_IMAGE, "detail": "low"}},
+        ],
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[ScriptedLLM, str]]:
+    """One server for the module, because starting and stopping one takes longer than any test here."""
+    llm = ScriptedLLM()
+    with serving(llm) as url:
+        yield llm, url
+
+
+@pytest.fixture
+def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
+    server[0].reset()
+    return server[0]
+
+
+@pytest.fixture
+def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
+    return server[1]
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
+        yield made
+
+
+def test_sdk_plain(llm: ScriptedLLM, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="idefics2-8b", messages=PICTURE, max_tokens=5, temperature=0)
+    assert answer.choices[0].message.content == "Two cats."
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (85, 3, 88)
+    assert answer.usage.prompt_tokens_details is not None
+    details = answer.usage.prompt_tokens_details
+    assert (details.cached_tokens, details.image_tokens, details.text_tokens) == (16, 64, 21)
+    assert answer._request_id is not None
+    (chat,) = llm.chats
+    assert chat.turns[0].parts == (
+        TextPart("What is this?"),
+        ImageInput(url=EXAMPLE_IMAGE, detail="low", param="messages[0].content[1].image_url.url"),
+    )
+    assert (chat.sampling.max_tokens, chat.sampling.temperature) == (5, 0.0)
+    assert chat.request_id == answer.id
+    assert llm.closed.is_set()
+
+
+def test_plain_body(url: str) -> None:
+    body = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "service_tier": "auto"}).json()
+    assert body.pop("id").startswith("chatcmpl-")
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "chat.completion",
+        "model": "idefics2-8b",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Two cats.", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 85,
+            "completion_tokens": 3,
+            "total_tokens": 88,
+            "prompt_tokens_details": {"cached_tokens": 16, "image_tokens": 64, "text_tokens": 21, "audio_tokens": 0},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+                "audio_tokens": 0,
+            },
+        },
+        "system_fingerprint": "fp_test",
+        "service_tier": "default",
+    }
+
+
+def test_no_service_tier_unless_asked(url: str) -> None:
+    assert "service_tier" not in httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO}).json()
+
+
+def test_an_empty_answer_is_a_string(llm: ScriptedLLM, url: str) -> None:
+    llm.script = [say("", FinishReason.STOP, stop_reason="\n")]
+    choice = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO}).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", "\n")
+
+
+def test_an_answer_can_be_sent_back(client: openai.OpenAI, llm: ScriptedLLM) -> None:
+    answer = client.chat.completions.create(model="idefics2-8b", messages=HELLO)
+    history: list[Any] = [*HELLO, answer.choices[0].message.model_dump(), *HELLO]
+    client.chat.completions.create(model="idefics2-8b", messages=history)
+    assert [turn.role for turn in llm.chats[1].turns] == ["user", "assistant", "user"]
+    assert llm.chats[1].turns[1].parts == (TextPart("Two cats."),)
+
+
+def test_sdk_stream(client: openai.OpenAI, llm: ScriptedLLM) -> None:
+    events = list(
+        client.chat.completions.create(
+            model="idefics2-8b", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    deltas = [event.choices[0].delta.content for event in events if event.choices]
+    assert deltas == ["", "Two", " cats.", None]
+    assert [event.choices[0].finish_reason for event in events if event.choices] == [None, None, None, "stop"]
+    assert [event.usage is not None for event in events] == [False, False, False, False, True]
+    assert events[-1].usage is not None
+    assert events[-1].usage.completion_tokens == 3
+    assert llm.closed.is_set()
+
+
+def test_sdk_stream_helper(client: openai.OpenAI) -> None:
+    """It accumulates, and so finds a repeated role or a chunk out of order."""
+    with client.chat.completions.stream(model="idefics2-8b", messages=HELLO) as events:
+        completion = events.get_final_completion()
+    message = completion.choices[0].message
+    assert (message.role, message.content) == ("assistant", "Two cats.")
+
+
+def test_sdk_raises_an_error_in_the_stream(client: openai.OpenAI, llm: ScriptedLLM) -> None:
+    llm.script = [say("Two"), RequestFailedError("the step failed")]
+    stream = client.chat.completions.create(model="idefics2-8b", messages=HELLO, stream=True)
+    assert [next(stream).choices[0].delta.content for _ in range(2)] == ["", "Two"]
+    with pytest.raises(openai.APIError, match=r"^the step failed$") as caught:
+        next(stream)
+    assert (caught.value.type, caught.value.code) == ("server_error", "internal_error")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("place", "error", "status", "kind", "code", "retry_after"),
+    [
+        ("capacity", QUEUE_FULL, 429, "rate_limit_error", "queue_full", "3"),
+        ("capacity", UnavailableError("draining"), 503, "server_error", "server_shutting_down", "1"),
+        ("capacity", EngineDeadError("dead", retry_after=500), 503, "server_error", "engine_unavailable", "120"),
+        ("prepare", ClientError("x", param="messages", code="y"), 400, "invalid_request_error", "y", None),
+        ("prepare", UnavailableError("loading", code="model_loading"), 503, "server_error", "model_loading", "1"),
+        ("generate", RequestFailedError("failed"), 500, "server_error", "internal_error", None),
+        ("generate", QUEUE_FULL, 429, "rate_limit_error", "queue_full", "3"),
+        ("generate", ZeroDivisionError("/secret/path"), 500, "server_error", "internal_error", None),
+        ("prepare", ZeroDivisionError("/secret/path"), 500, "server_error", "internal_error", None),
+    ],
+)
+def test_errors_before_the_answer(
+    llm: ScriptedLLM,
+    url: str,
+    *,
+    stream: bool,
+    place: str,
+    error: Any,
+    status: int,
+    kind: str,
+    code: str,
+    retry_after: str | None,
+) -> None:
+    if place == "capacity":
+        llm.capacity_error = error
+    elif place == "prepare":
+        llm.prepare_script = [error]
+    else:
+        llm.script = [error]
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": stream})
+    assert answer.status_code == status
+    given = answer.json()["error"]
+    assert (given["type"], given["code"]) == (kind, code)
+    assert given["param"] == getattr(error, "param", None)
+    assert "secret" not in answer.text
+    assert answer.headers.get("retry-after") == retry_after
+    assert answer.headers["x-request-id"]
+    assert set(answer.json()) == {"error"}
+    assert set(given) == {"message", "type", "param", "code"}
+
+
+def test_a_full_server_does_no_work(llm: ScriptedLLM, url: str) -> None:
+    llm.capacity_error = QUEUE_FULL
+    assert httpx.post(f"{url}/v1/chat/completions", json={"bad": 1}).status_code == 429
+    assert llm.chats == []
+
+
+def test_sdk_retries_a_full_queue(llm: ScriptedLLM, url: str) -> None:
+    from server.errors import CapacityError
+
+    full = CapacityError("full", retry_after=1)
+    calls = []
+
+    def check_capacity() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise full
+
+    llm.check_capacity = check_capacity  # type: ignore[method-assign]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=1) as client:
+        assert client.chat.completions.create(model="idefics2-8b", messages=HELLO).choices[0].finish_reason == "stop"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("script", [[], [say("x")], [say("x", FinishReason.ABORT)]])
+def test_an_answer_without_an_end_is_an_error(llm: ScriptedLLM, url: str, *, stream: bool, script: Any) -> None:
+    llm.script = script
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": stream})
+    if stream and script:
+        assert '"code":"internal_error"' in answer.text
+    else:
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "internal_error"
+    assert "abort" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"messages": HELLO, "temperature": 3}, "temperature", "decimal_above_max_value"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "empty_array"),
+        ({"messages": HELLO, "n": 2}, "n", "unsupported_value"),
+        ({"messages": HELLO, "guided_json": {}}, "guided_json", "unsupported_parameter"),
+    ],
+)
+def test_an_invalid_stream_is_an_http_error(llm: ScriptedLLM, url: str, body: Any, param: str, code: str) -> None:
+    answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": True})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert llm.chats == []
+
+
+def test_unknown_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert "'idefics2-8b', 'HuggingFaceM4/idefics2-8b'" in caught.value.message
+    assert "gpt-4" not in caught.value.message
+
+
+def test_the_alias_is_echoed(url: str) -> None:
+    for sent, answered in [("HuggingFaceM4/idefics2-8b",) * 2, ("", "idefics2-8b"), (None, "idefics2-8b")]:
+        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "model": sent})
+        assert answer.json()["model"] == answered
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"{", b"[]", b'"x"', b"", b"null", b"\xff", b'{"messages":"\xff"}', b'{"messages":"\\ud800"}'),
+        *(b'{"temperature":NaN}', b'{"x":Infinity}', b"[" * 100_000, b'{"seed":' + b"9" * 5000 + b"}"),
+    ],
+)
+def test_not_json(url: str, body: bytes) -> None:
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_json"
+    assert len(answer.content) < 400
+
+
+def test_a_number_beyond_floats(url: str) -> None:
+    body = json.dumps({"messages": HELLO})[:-1] + ', "temperature": 1e400}'
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "temperature", "invalid_type")
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/vnd.api+json", 200),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+        ("text/json+json", 415),
+        (None, 415),
+    ],
+)
+def test_content_type(url: str, content_type: str | None, status: int) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = httpx.post(f"{url}/v1/chat/completions", content=json.dumps({"messages": HELLO}), headers=headers)
+    assert answer.status_code == status
+    if status == 415:
+        assert answer.json()["error"]["code"] == "unsupported_media_type"
+
+
+def test_the_documented_example_works(llm: ScriptedLLM, url: str) -> None:
+    page = httpx.get(f"{url}/openapi.json").json()
+    content = page["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert "#/$defs" not in json.dumps(page)
+    assert "422" not in page["paths"]["/v1/models/{model_id}"]["get"]["responses"]
+    assert content["schema"]["properties"]["stream_options"]["properties"]["include_usage"]["type"] == "boolean"
+    assert content["example"]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    answer = httpx.post(f"{url}/v1/chat/completions", json=content["example"])
+    assert answer.status_code == 200
+    assert isinstance(llm.chats[0].turns[0].parts[0], ImageInput)
+    assert httpx.get(f"{url}/docs").status_code == 200
+
+
+def test_the_example_picture_is_a_picture() -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(EXAMPLE_IMAGE.partition(",")[2]))) as picture:
+        assert (picture.size, picture.getpixel((5, 5))) == ((32, 32), (220, 30, 30))

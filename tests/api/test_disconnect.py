@@ -1,0 +1,214 @@
+"""A client that leaves ends its request at every stage: the generator is closed, promptly, and it is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from server.api import streaming
+from server.api.protocol import StreamOptions
+from server.api.streaming import ChatEventResponse, ChunkEncoder
+from server.types import FinishReason, RequestOutput
+
+from .scripted_llm import Hang, ScriptedLLM, say, serving, wait_until
+
+SECONDS = 1.0
+
+
+@pytest.fixture
+def llm() -> ScriptedLLM:
+    return ScriptedLLM()
+
+
+@pytest.fixture
+def url(llm: ScriptedLLM) -> Iterator[str]:
+    with serving(llm) as address:
+        yield address
+
+
+def connect(url: str, *, receive_buffer: int | None = None) -> socket.socket:
+    address = urlsplit(url)
+    made = socket.socket()
+    made.settimeout(5)
+    if receive_buffer is not None:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    made.connect((address.hostname, address.port))
+    return made
+
+
+def ask(url: str, *, stream: bool, receive_buffer: int | None = None) -> socket.socket:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).encode()
+    made = connect(url, receive_buffer=receive_buffer)
+    made.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    return made
+
+
+def read_until(made: socket.socket, wanted: bytes) -> None:
+    seen = b""
+    while wanted not in seen:
+        received = made.recv(65536)
+        assert received, f"closed after {seen[-200:]!r}"
+        seen += received
+
+
+def count(llm: ScriptedLLM, status: int) -> int:
+    """Answers of the chat endpoint so far, by status."""
+    label = f'handler="/v1/chat/completions",method="POST",status="{status}"'
+    lines = llm.metrics.render()[0].decode().splitlines()
+    return int(sum(float(line.rpartition(" ")[2]) for line in lines if f"http_requests_total{{{label}}}" in line))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_while_preparing(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
+    llm.prepare_script = [Hang()]
+    with ask(url, stream=stream):
+        assert llm.hanging.wait(5)
+        assert not llm.prepare_ended.is_set()
+    assert llm.prepare_ended.wait(SECONDS)
+    wait_until(lambda: count(llm, 499) == 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_the_first_token(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
+    llm.script = [Hang()]
+    with ask(url, stream=stream):
+        assert llm.hanging.wait(5)
+        assert not llm.closed.is_set()
+    assert llm.closed.wait(SECONDS)
+    wait_until(lambda: count(llm, 499) == 1)
+    assert count(llm, 200) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_the_middle(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
+    llm.script = [say("Two"), Hang()]
+    with ask(url, stream=stream) as client:
+        if stream:
+            read_until(client, b'"Two"')
+        assert llm.hanging.wait(5)
+        assert not llm.closed.is_set()
+    assert llm.closed.wait(SECONDS)
+    wait_until(lambda: count(llm, 499) == 1)
+    assert count(llm, 200) == 0  # also the stream, whose status line said so
+
+
+def test_while_tokens_flow(llm: ScriptedLLM, url: str) -> None:
+    llm.script = [say("a"), 0.005] * 2000
+    with ask(url, stream=True) as client:
+        read_until(client, b'"a"')
+    assert llm.closed.wait(SECONDS)
+    wait_until(lambda: count(llm, 499) == 1)
+
+
+def test_before_the_stream_has_begun() -> None:
+    """The answer's own generator is never started then, so that its `finally` would never run."""
+    closed = []
+
+    async def outputs() -> AsyncIterator[RequestOutput]:
+        try:
+            yield say("Two")
+            yield say(" cats.", FinishReason.STOP)
+        finally:
+            closed.append(True)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        rest = outputs()
+        encoder = ChunkEncoder({}, StreamOptions())
+        answer = ChatEventResponse(await anext(rest), rest, encoder=encoder, keep_alive_seconds=5)
+        await answer({"type": "http", "method": "POST"}, receive, send)
+        assert closed == [True]
+
+    asyncio.run(run())
+
+
+def test_while_the_body_is_sent(llm: ScriptedLLM, url: str) -> None:
+    with connect(url) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n{"
+        )
+        time.sleep(0.05)
+    wait_until(lambda: count(llm, 499) == 1)
+    assert llm.chats == []
+
+
+def test_a_reader_that_does_not_read(llm: ScriptedLLM, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not given more than the buffers hold, does not hold up others, and is given up after a while."""
+    monkeypatch.setattr(streaming, "SEND_TIMEOUT_SECONDS", 0.5)
+    played = []
+
+    def endless() -> Iterator[object]:
+        for _ in range(10_000):
+            played.append(1)
+            yield say("x" * 16384)
+
+    llm.script = endless()  # type: ignore[assignment]
+    with ask(url, stream=True, receive_buffer=4096):
+        assert llm.preparing.wait(5)
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/health/live").status_code == 200
+        assert not llm.closed.is_set()
+        assert llm.closed.wait(3)
+        assert len(played) < 1000  # 16 MiB, of which the kernel takes most
+        wait_until(lambda: count(llm, 499) == 1)
+
+
+def test_others_go_on(llm: ScriptedLLM, url: str) -> None:
+    llm.script = [say("Two"), 0.3, say(" cats.", FinishReason.STOP)]
+    answers = []
+    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    other = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=body).text))
+    other.start()
+    with ask(url, stream=True) as client:
+        read_until(client, b'"Two"')
+    other.join()
+    assert answers[0].endswith("data: [DONE]\n\n")
+    wait_until(lambda: (count(llm, 499), count(llm, 200)) == (1, 1))
+
+
+def test_a_stream_outlives_the_signal_to_stop() -> None:
+    """SIGTERM means no new requests; the library under the streams would end the open ones at once."""
+    program = """
+import uvicorn
+from tests.api.scripted_llm import ScriptedLLM, say
+from server.api.app import build_app
+from server.config import ServerConfig
+from server.types import FinishReason
+
+llm = ScriptedLLM((say("Two"), 1.5, say(" cats.", FinishReason.STOP)))
+uvicorn.run(build_app(llm, ServerConfig()), port=0, access_log=False)
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=root) as server:
+        assert server.stderr is not None
+        try:
+            line = next(line for line in server.stderr if "running on" in line)
+            with ask(line.split()[4], stream=True) as client:
+                read_until(client, b'"Two"')
+                server.send_signal(signal.SIGTERM)
+                read_until(client, b"data: [DONE]")
+            assert server.wait(5) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from PIL import Image
+
+from server.errors import ClientError, UnavailableError
+from server.inputs.image_decode import decode_rgb
+from server.inputs.image_pool import ImagePool
+from server.inputs.image_processor import ImageSettings, make_tiles
+from server.inputs.image_worker import Job, Reply
+from tests.inputs.pictures import encoded, noise, noise_png
+
+SETTINGS = ImageSettings(do_image_splitting=True)
+LIMIT = 40_000_000
+SMALL = noise_png(40, 30)
+
+
+def with_pool(
+    test: Callable[[ImagePool], Awaitable[None]], *, workers: int = 1, timeout: float = 20.0, max_pixels: int = LIMIT
+) -> None:
+    """Run `test` with a started pool, and see that the pool leaves no process and no task behind."""
+
+    async def run() -> None:
+        pool = ImagePool(workers, timeout, max_pixels=max_pixels, settings=SETTINGS)
+        await pool.start()
+        started = pids(pool)
+        assert len(started) == workers
+        try:
+            async with asyncio.timeout(60):
+                await test(pool)
+        finally:
+            started += pids(pool)
+            await pool.close()
+        assert not any(alive(pid) for pid in started)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def pids(pool: ImagePool) -> list[int]:
+    return [worker._process.pid for worker in pool._workers if worker._process is not None]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def proc(pid: int, name: str) -> bytes:
+    return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - processes set no events
+        await asyncio.sleep(0.01)
+
+
+async def error_of(call: Coroutine[Any, Any, object]) -> ClientError:
+    with pytest.raises(ClientError) as caught:
+        await call
+    return caught.value
+
+
+async def assert_works(pool: ImagePool) -> None:
+    assert len(await pool.tiles(SMALL, split=True, param="p")) == 5
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_tiles_are_those_of_the_plain_functions(split: bool) -> None:
+    async def test(pool: ImagePool) -> None:
+        for data in (noise_png(1100, 700), encoded(noise(300, 500), "JPEG"), noise_png(1, 9)):
+            tiles = await pool.tiles(data, split=split, param="p")
+            image = decode_rgb(data, max_pixels=LIMIT)
+            assert tiles == tuple(make_tiles(image, split=split, settings=SETTINGS))
+
+    with_pool(test)
+
+
+def test_refusals_name_the_parameter_and_cost_no_worker() -> None:
+    async def test(pool: ImagePool) -> None:
+        before = pids(pool)
+        for data, code in (
+            (b"", "empty_image_file"),
+            (b"<svg/>", "invalid_image_format"),
+            (SMALL[:200], "image_parse_error"),
+            (noise_png(101, 100), "image_too_large"),
+        ):
+            error = await error_of(pool.tiles(data, split=False, param="messages[0].content[1].image_url.url"))
+            assert (error.status, error.code) == (400, code)
+            assert error.param == "messages[0].content[1].image_url.url"
+            assert error.message
+        await assert_works(pool)
+        assert pids(pool) == before
+
+    with_pool(test, max_pixels=10_000)
+
+
+def test_more_images_than_workers() -> None:
+    async def test(pool: ImagePool) -> None:
+        files = [noise_png(30 + index, 40, seed=index) for index in range(12)]
+        results = await asyncio.gather(*(pool.tiles(data, split=False, param="p") for data in files))
+        for data, tiles in zip(files, results, strict=True):
+            expected = make_tiles(decode_rgb(data, max_pixels=LIMIT), split=False, settings=SETTINGS)
+            assert tiles == tuple(expected)
+
+    with_pool(test, workers=2)
+
+
+def test_a_worker_that_died_while_idle_costs_no_image() -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not alive(pid))
+        await until(lambda: not pool._workers[0].running)
+        await assert_works(pool)
+        assert pids(pool) != [pid]
+
+    with_pool(test)
+
+
+def test_a_worker_killed_at_work_costs_its_image_only() -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        os.kill(pid, signal.SIGSTOP)  # holds the image until it is killed
+        held = asyncio.create_task(pool.tiles(SMALL, split=True, param="messages[2]"))
+        waiting = asyncio.create_task(pool.tiles(SMALL, split=True, param="messages[3]"))
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        error = await error_of(held)  # type: ignore[arg-type]
+        assert (error.status, error.code, error.param) == (400, "image_parse_error", "messages[2]")
+        assert len(await waiting) == 5
+        await assert_works(pool)
+        assert not alive(pid)
+
+    with_pool(test)
+
+
+def test_a_hung_worker_is_replaced_at_the_limit() -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        start = time.perf_counter()
+        # More than the pipe holds, so that the limit covers the writing too.
+        error = await error_of(pool.tiles(SMALL + bytes(4 << 20), split=False, param="messages[0]"))
+        assert 0.5 <= time.perf_counter() - start < 15
+        assert (error.code, error.param) == ("image_parse_error", "messages[0]")
+        assert "0.5 seconds" in error.message
+        await assert_works(pool)
+        assert not alive(pid)
+
+    with_pool(test, timeout=0.5)
+
+
+def test_one_hung_worker_of_two_does_not_stop_the_other() -> None:
+    async def test(pool: ImagePool) -> None:
+        stopped = pids(pool)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        held = asyncio.create_task(pool.tiles(SMALL, split=False, param="p"))
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            await assert_works(pool)
+        assert not held.done()
+        os.kill(stopped, signal.SIGCONT)
+        assert len(await held) == 1
+
+    with_pool(test, workers=2)
+
+
+def test_cancelling_at_work_replaces_the_worker() -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        held = asyncio.create_task(pool.tiles(SMALL, split=False, param="p"))
+        await asyncio.sleep(0.05)
+        held.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await held
+        # The next answer must be the next image's, not what the cancelled one left in the pipe.
+        data = noise_png(60, 50, seed=5)
+        expected = make_tiles(decode_rgb(data, max_pixels=LIMIT), split=True, settings=SETTINGS)
+        assert await pool.tiles(data, split=True, param="p") == tuple(expected)
+        assert not alive(pid)
+
+    with_pool(test)
+
+
+def test_cancelling_in_the_queue_loses_no_worker() -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        os.kill(pid, signal.SIGSTOP)
+        held = asyncio.create_task(pool.tiles(SMALL, split=False, param="p"))
+        queued = [asyncio.create_task(pool.tiles(SMALL, split=False, param="p")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        queued[0].cancel()
+        queued[2].cancel()
+        os.kill(pid, signal.SIGCONT)
+        assert len(await held) == 1
+        assert len(await queued[1]) == 1
+        await assert_works(pool)
+        assert pids(pool) == [pid]
+
+    with_pool(test)
+
+
+def test_random_cancellation_leaves_the_pool_whole() -> None:
+    async def test(pool: ImagePool) -> None:
+        for round_number in range(8):
+            tasks = [asyncio.create_task(pool.tiles(SMALL, split=True, param="p")) for _ in range(4)]
+            await asyncio.sleep(0.004 * round_number)
+            for task in tasks[round_number % 2 :: 2]:
+                task.cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(outcome, tuple | asyncio.CancelledError)
+        await assert_works(pool)
+        await until(lambda: not pool._renewals)
+        assert pool._idle.qsize() == 2
+
+    with_pool(test, workers=2)
+
+
+def test_closing_ends_what_runs_and_what_waits() -> None:
+    async def test(pool: ImagePool) -> None:
+        for pid in pids(pool):
+            os.kill(pid, signal.SIGSTOP)
+        calls = [asyncio.create_task(pool.tiles(SMALL, split=False, param="p")) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        await pool.close()
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(outcome, UnavailableError)
+        with pytest.raises(UnavailableError):
+            await pool.tiles(SMALL, split=False, param="p")
+
+    with_pool(test, workers=2)
+
+
+def test_closing_right_after_a_failure() -> None:
+    async def test(pool: ImagePool) -> None:
+        worker = await pool._take()
+        pool._give_back(worker, healthy=False)  # its replacement has not taken a step yet
+        await pool.close()
+
+    with_pool(test)
+
+
+def test_the_loop_goes_on_during_a_large_image() -> None:
+    data = noise_png(3000, 2500)  # 22 MB
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.002)
+            ticks += 1
+
+    async def test(pool: ImagePool) -> None:
+        ticker = asyncio.create_task(tick())
+        await pool.tiles(data, split=True, param="p")
+        ticker.cancel()
+        await asyncio.gather(ticker, return_exceptions=True)
+
+    with_pool(test)
+    assert ticks >= 20
+
+
+def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+
+    async def test() -> None:
+        for executable in (str(broken), str(tmp_path / "none")):
+            monkeypatch.setattr(sys, "executable", executable)
+            pool = ImagePool(2, 1.0, max_pixels=LIMIT, settings=SETTINGS)
+            with pytest.raises(UnavailableError) as caught:
+                await pool.start()
+            assert caught.value.code == "image_worker_unavailable"
+            await pool.close()
+
+    asyncio.run(test())
+
+
+def test_recovers_once_workers_can_be_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", str(tmp_path / "none"))
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not pool._workers[0].running)
+            for _ in range(2):
+                with pytest.raises(UnavailableError):
+                    await pool.tiles(SMALL, split=False, param="p")
+            await until(lambda: not pool._renewals)
+        await assert_works(pool)
+
+    with_pool(test)
+
+
+# --- the worker itself, over its pipes ---
+
+
+class Worker:
+    def __init__(self, memory_bytes: int = 1 << 30, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.inputs.image_worker", str(memory_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | environment,
+        )
+        assert self.receive() == Reply()
+
+    def send(self, data: bytes, *, max_pixels: int = LIMIT) -> Reply:
+        message = msgspec.msgpack.encode(
+            Job(data_length=len(data), split=False, max_pixels=max_pixels, settings=SETTINGS)
+        )
+        assert self.process.stdin is not None
+        self.process.stdin.write(len(message).to_bytes(4, "big") + message + data)
+        self.process.stdin.flush()
+        return self.receive()
+
+    def receive(self) -> Reply:
+        assert self.process.stdout is not None
+        length = int.from_bytes(self.process.stdout.read(4), "big")
+        reply = msgspec.msgpack.decode(self.process.stdout.read(length), type=Reply)
+        for tile in reply.tiles:
+            assert len(self.process.stdout.read(tile.height * tile.width * 3)) == tile.height * tile.width * 3
+        return reply
+
+    def finish(self) -> int:
+        self.rest, _ = self.process.communicate(timeout=20)
+        return self.process.returncode
+
+
+def test_worker_ignores_interrupts_and_ends_with_its_input() -> None:
+    worker = Worker()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        worker.process.send_signal(number)
+    assert len(worker.send(SMALL).tiles) == 1
+    assert worker.finish() == 0
+
+
+def test_worker_ends_when_its_input_breaks_off() -> None:
+    worker = Worker()
+    message = msgspec.msgpack.encode(Job(data_length=100, split=False, max_pixels=1, settings=SETTINGS))
+    assert worker.process.stdin is not None
+    worker.process.stdin.write(len(message).to_bytes(4, "big") + message + b"half")
+    assert worker.finish() == 0
+    assert worker.rest == b""  # half a file is not a picture
+
+
+def test_worker_survives_its_memory_limit() -> None:
+    worker = Worker(memory_bytes=50 << 20)
+    reply = worker.send(encoded(noise(16, 16).resize((5000, 5000)), "JPEG"))  # 100 MB of pixels
+    assert reply.code == "image_too_large"
+    assert len(worker.send(SMALL).tiles) == 1
+    assert worker.finish() == 0
+
+
+def test_worker_has_limits_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IDEFICS2_API_KEY", "sk-canary")
+
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        limits = proc(pid, "limits").decode()
+        [space] = [line.split()[3] for line in limits.splitlines() if line.startswith("Max address space")]
+        assert (1 << 30) < int(space) < (4 << 30)
+        assert "Max core file size        0 " in limits
+        assert b"sk-canary" not in proc(pid, "environ")
+
+    with_pool(test)
+
+
+def test_worker_gives_memory_back() -> None:
+    large = encoded(Image.new("RGBA", (6000, 5000), (1, 2, 3, 4)), "PNG")  # 120 MB as pixels, and more on the way
+
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        assert len(await pool.tiles(large, split=True, param="p")) == 5
+        assert (await error_of(pool.tiles(large[:-100], split=True, param="p"))).code == "image_parse_error"
+        await until(lambda: int(proc(pid, "statm").split()[1]) * resource.getpagesize() < 80 << 20)
+
+    with_pool(test)
+
+
+def test_worker_imports_little() -> None:
+    code = (
+        "import server.inputs.image_worker, sys;"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'httpx', 'asyncio', 'pickle'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "[]\n"
