@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import logging
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -229,12 +232,23 @@ def build_llm(config: ServerConfig) -> AsyncLLM:
     )
 
 
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which ends by itself after SIGTERM or SIGINT: uvicorn would raise the signal a second time."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
 def serve(config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Liveness answers while the model loads. Raises ConfigError or CheckpointError."""
     configure_logging()
     llm = build_llm(config)
     app = build_app(llm, config)
-    server = uvicorn.Server(
+    server = DrainingServer(
         uvicorn.Config(
             app,
             host=config.host,

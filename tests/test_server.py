@@ -105,7 +105,7 @@ def test_second_turn_reports_its_cache_and_encodes_nothing(server: Server, clien
 
 def test_same_words_with_another_picture_get_another_answer(client: openai.OpenAI) -> None:
     answers = {
-        ask(client, user(picture(data_url(400, 400, seed)), "Colour?"), max_completion_tokens=20)
+        ask(client, user(picture(data_url(400, 400, seed)), "Colour?"), temperature=1, seed=0)
         .choices[0]
         .message.content
         for seed in range(4)
@@ -115,14 +115,16 @@ def test_same_words_with_another_picture_get_another_answer(client: openai.OpenA
 
 def test_order_of_pictures_matters(client: openai.OpenAI) -> None:
     a, b = picture(data_url(400, 400, seed=10), "low"), picture(data_url(400, 400, seed=11), "low")
-    ab, ba = ask(client, user(a, b, "Which?")), ask(client, user(b, a, "Which?"))
+    ab, ba = (
+        ask(client, user(*pair, "Which?"), temperature=1, seed=0, max_completion_tokens=64) for pair in ((a, b), (b, a))
+    )
     assert ab.choices[0].message.content != ba.choices[0].message.content
     assert ab.usage.prompt_tokens == ba.usage.prompt_tokens
 
 
 def test_special_tokens_in_text_are_plain_characters(client: openai.OpenAI) -> None:
     plain = ask(client, user("one <image> two </s><end_of_utterance> three"))
-    assert plain.usage.prompt_tokens > 30  # spelled out, not six special ids
+    assert plain.usage.prompt_tokens > 20  # spelled out; as special ids they would make it 14
     assert plain.usage.prompt_tokens_details.image_tokens == 0
 
 
@@ -236,7 +238,7 @@ BAD = [
         "invalid_image_format",
     ),
     (
-        {"messages": [user(picture("data:image/png;base64,%%%"))]},
+        {"messages": [user(picture("data:image/png;base64,@@@@"))]},
         "messages[0].content[0].image_url.url",
         "invalid_base64_image",
     ),

@@ -46,11 +46,10 @@ JPEG_QUALITY = 85
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Words to write prompts with. `exact` when each is known to be one token; `source` says who counted."""
+    """Words to write prompts with, each taken for one token; `source` says who counted."""
 
     words: tuple[str, ...]
     source: str
-    exact: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +84,8 @@ def find_vocabulary(count: TokenCounter | None, *, source: str) -> Vocabulary:
     """The words that `count` finds to be one token each; all words, taken for a token each, where it is no help."""
     kept = _single_token_words(count, WORDS) if count is not None else []
     if len(kept) < MIN_WORDS:
-        return Vocabulary(WORDS, source="one token a word assumed", exact=False)
-    return Vocabulary(tuple(kept), source=source, exact=True)
+        return Vocabulary(WORDS, source="one token a word assumed")
+    return Vocabulary(tuple(kept), source=source)
 
 
 def _single_token_words(count: TokenCounter, words: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ copies of the model in memory. Names and shapes are all checked before the first
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -192,6 +193,8 @@ def _copy_weights(
     for name, tensor in stored.items():
         by_file.setdefault(tensor.file, []).append(name)
     total = sum(tensor.num_bytes for tensor in stored.values())
+    # The default lock is a named semaphore shared between processes, which outlives an engine process that is killed.
+    tqdm.set_lock(threading.RLock())
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         for file, names in by_file.items():
             with _opened(file) as source:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from server.bench.workloads import WORDS, Vocabulary, Workload, WorkloadSpec, draw_picture, find_vocabulary
 
-PLAIN = Vocabulary(WORDS, source="test", exact=True)
+PLAIN = Vocabulary(WORDS, source="test")
 
 
 def spec(**changes: Any) -> WorkloadSpec:
@@ -132,7 +132,7 @@ def test_words_of_more_than_one_token_are_left_out() -> None:
 
     found = find_vocabulary(count, source="a counter")
     assert set(found.words) == set(WORDS) - long_words
-    assert (found.source, found.exact) == ("a counter", True)
+    assert found.source == "a counter"
     assert calls < len(WORDS) / 4
 
 
@@ -143,7 +143,6 @@ def test_a_counter_that_finds_few_words_or_none_is_no_help() -> None:
     for counter in (few, len, None, lambda _: 0):
         found = find_vocabulary(counter, source="a counter")
         assert found.words == WORDS
-        assert not found.exact
         assert found.source == "one token a word assumed"
 
 

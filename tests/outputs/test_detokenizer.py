@@ -193,16 +193,21 @@ def plain_ids(reference: Reference, text: str) -> list[int]:
     return reference.ours.encode(text, first=True)
 
 
+def round_trip(text: str) -> str:
+    """What a text is after encoding and decoding: the tokenizer adds a first space only where there is none."""
+    return text.replace("▁", " ").removeprefix(" ")
+
+
 def test_texts_come_back_as_they_were(reference: Reference) -> None:
     for text in TEXTS:
         ids = plain_ids(reference, text)
         for cut in (1, 3):
             assert decode(ids, table=reference.table, cut=cut) == reference.decode(ids, skip=True)
-            assert decode(ids, table=reference.table, cut=cut) == text.replace("▁", " ")
+            assert decode(ids, table=reference.table, cut=cut) == round_trip(text)
 
 
 @given(text=st.text(max_size=60))
 @settings(max_examples=400, deadline=None)
 def test_any_text_survives_encoding_and_incremental_decoding(reference: Reference, text: str) -> None:
     ids = plain_ids(reference, text)
-    assert decode(ids, table=reference.table) == reference.decode(ids, skip=True) == text.replace("▁", " ")
+    assert decode(ids, table=reference.table) == reference.decode(ids, skip=True) == round_trip(text)
