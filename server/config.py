@@ -33,7 +33,7 @@ class ServerConfig(BaseModel):
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="'dummy' fills the shapes of config.json with random weights."
     )
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of dummy weights and of requests that give none.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of dummy weights.")
 
     # The machine.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="'auto' takes a GPU when there is one.")
@@ -51,7 +51,7 @@ class ServerConfig(BaseModel):
     )
     max_num_seqs: int = Field(64, ge=1, le=4096, description="Requests that run at once.")
     max_num_batched_tokens: int | None = Field(
-        None, ge=1, le=1 << 20, description="Tokens a step may compute; default: 256 on CPU, 4096 on CUDA."
+        None, ge=1, le=1 << 20, description="Tokens a step may compute; default: 384 on CPU, 4096 on CUDA."
     )
     max_num_batched_tiles: int | None = Field(
         None, ge=1, le=1024, description="Tiles a step may encode; default: 1 on CPU, 5 on CUDA."

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
-DEFAULT_BUDGETS = {"cpu": (256, 1), "cuda": (4096, 5)}
+DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
 
 
 def resolve_folder(config: ServerConfig) -> Path:

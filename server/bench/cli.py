@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from server.bench.admission import AdmissionError, run_round
+from server.bench.admission import render as render_rounds
 from server.bench.load import LoadPlan, LoadResult, WarmupError, run_load
-from server.bench.report import Summary, render, save, summarise, to_json
+from server.bench.report import Summary, machine_facts, render, save, summarise, to_json
 from server.bench.stream import RequestRecord
 from server.bench.target import Target, TargetError
 from server.bench.workloads import TokenCounter, Vocabulary, Workload, WorkloadSpec, find_vocabulary
@@ -57,6 +59,13 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--arrival", choices=["poisson", "constant"], default="poisson", help="open loop's timing")
     group.add_argument("--max-concurrency", type=_number(int, 1), help="open loop's limit in flight (default: none)")
+    kind.add_argument(
+        "--admit",
+        type=_number(int, 1),
+        metavar="N",
+        help="instead of a load: what --streams running text streams feel while N requests with pictures are admitted",
+    )
+    group.add_argument("--streams", type=_number(int, 1), default=8, help="for --admit (default: 8)")
     group.add_argument("--num-requests", type=_number(int, 1), default=100, help="requests to measure (default: 100)")
     group.add_argument(
         "--warmup",
@@ -109,8 +118,10 @@ def run(args: argparse.Namespace) -> int:
         return _complain(f"--output: there is no folder {args.output.parent}", status=2)
     try:
         with Target(args.base_url, api_key=os.environ.get("OPENAI_API_KEY") or None) as target:
+            if args.admit is not None:
+                return _measure_admission(args, target)
             result, config = _measure(args, target)
-    except (TargetError, WarmupError) as error:
+    except (TargetError, WarmupError, AdmissionError) as error:
         return _complain(str(error), status=1)
     except KeyboardInterrupt:
         return _complain("interrupted", status=130)
@@ -143,6 +154,38 @@ def _measure(args: argparse.Namespace, target: Target) -> tuple[LoadResult, dict
         **asdict(spec),
     }
     return _send(args, target, plan=plan, workload=Workload(spec, vocabulary), warmup=warmup), config
+
+
+def _measure_admission(args: argparse.Namespace, target: Target) -> int:
+    """Rounds of admission; --num-requests is how many."""
+    models = target.wait_ready(args.ready_timeout)
+    spec = _workload_spec(args, args.model or models[0])
+    vocabulary = choose_vocabulary(target, spec.model, args.tokenizer)
+    streams = Workload(replace(spec, images=0), vocabulary)
+    pictures = Workload(replace(spec, images=spec.images or 1, input_len=16, output_len=1), vocabulary)
+    wholes = Workload(replace(spec, images=1, image_detail="low", input_len=16, output_len=1), vocabulary)
+    rounds = []
+    for number in tqdm(range(args.num_requests), desc="rounds", disable=args.no_progress):
+        bodies = [streams.body(number * args.streams + index) for index in range(args.streams)]
+        admitted = [pictures.body(number * args.admit + index) for index in range(args.admit)]
+        rounds.append(
+            run_fast(
+                run_round(
+                    url=target.chat_url,
+                    headers=target.headers,
+                    streams=bodies,
+                    pictures=admitted,
+                    whole=wholes.body(number, warmup=True),
+                    timeout=args.timeout,
+                )
+            )
+        )
+    width, height = args.image_size
+    print(f"{args.streams} streams, {args.admit} × {width}x{height} ({args.image_detail}) admitted; milliseconds")
+    print(render_rounds(rounds))
+    if args.output is not None:
+        save({"machine": machine_facts(), "rounds": [asdict(item) for item in rounds]}, args.output)
+    return 0
 
 
 def _workload_spec(args: argparse.Namespace, model: str) -> WorkloadSpec:
