@@ -27,7 +27,6 @@ from server.errors import CheckpointError, ConfigError
 from server.inputs.chat_template import ChatTemplate, read_chat_template
 from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import ImageSettings
 from server.inputs.images import ImageLoader
 from server.inputs.processor import InputProcessor
 from server.inputs.tokenizer import Tokenizer
@@ -190,21 +189,17 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
 
 
 def _build_images(config: ServerConfig, model: ModelConfig, metrics: ServerMetrics) -> ImageLoader:
-    settings = ImageSettings(
-        shortest_edge=model.images.shortest_edge,
-        longest_edge=model.images.longest_edge,
-        do_image_splitting=model.images.do_image_splitting,
-    )
     return ImageLoader(
         ImageFetcher(max_bytes=config.max_image_bytes, timeout=config.image_fetch_timeout),
         ImagePool(
-            config.image_workers, config.image_decode_timeout, max_pixels=config.max_image_pixels, settings=settings
+            config.image_workers, config.image_decode_timeout, max_pixels=config.max_image_pixels, settings=model.images
         ),
-        settings,
+        model.images,
         splitting=config.image_splitting,
         max_bytes=config.max_image_bytes,
         observe_fetch=metrics.record_image_fetch,
         observe_decode=metrics.record_image_decode,
+        observe_error=metrics.record_image_error,
     )
 
 

@@ -73,6 +73,17 @@ class ChatInput(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
 
 
+class ImageSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checkpoint says about its pictures. Edges are pixels of a tile.
+
+    `do_image_splitting` is what an image with detail "auto" gets when the server leaves it to the checkpoint.
+    """
+
+    shortest_edge: int = 378
+    longest_edge: int = 980
+    do_image_splitting: bool
+
+
 class Tile(msgspec.Struct, frozen=True):
     """One resized picture or crop, ready for the vision tower.
 

@@ -21,11 +21,11 @@ from transformers import AutoTokenizer, Idefics2ForConditionalGeneration, Idefic
 
 from server.config import ServerConfig
 from server.engine.core import EngineCore
-from server.inputs.image_processor import ImageSettings, resized_size
+from server.inputs.image_processor import resized_size
 from server.inputs.processor import InputProcessor
 from server.launch import build_inputs
 from server.observability.metrics import ServerMetrics
-from server.types import ChatInput, EngineRequest, ImageInput, SamplingParams, TextPart, Turn
+from server.types import ChatInput, EngineRequest, ImageInput, ImageSettings, SamplingParams, TextPart, Turn
 from tests.engines import Answers, drive, noise_image, png, real_core, record_first_logits
 
 CONVERSATIONS = 110  # a size; both together make more than 200

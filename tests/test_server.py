@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -269,6 +270,20 @@ def test_bad_input_is_a_400_that_names_the_field(
     assert code is None or error["code"] == code
     assert "xxxx" not in json.dumps(error)
     assert len(json.dumps(error)) < 600
+
+
+def test_refused_pictures_are_counted_by_reason(server: Server) -> None:
+    def count() -> float:
+        found = re.findall(r'image_errors_total{[^}]*code="empty_image_file"[^}]*} (\S+)', metrics())
+        return float(found[0]) if found else 0.0
+
+    def metrics() -> str:
+        return httpx.get(f"{server.base_url}/metrics").text
+
+    before = count()
+    body = {"messages": [user(picture("data:image/png;base64,"))]}
+    assert httpx.post(f"{server.base_url}/v1/chat/completions", json=body).status_code == 400
+    assert count() == before + 1
 
 
 def test_streams_go_on_while_others_send_rubbish(server: Server, client: openai.OpenAI) -> None:

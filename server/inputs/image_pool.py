@@ -16,9 +16,9 @@ import msgspec
 
 import server
 from server.errors import ClientError, UnavailableError
-from server.inputs.image_processor import ImageSettings, tile_count
+from server.inputs.image_processor import tile_count
 from server.inputs.image_worker import Job, Reply
-from server.types import Tile
+from server.types import ImageSettings, Tile
 
 logger = logging.getLogger(__name__)
 

@@ -9,24 +9,12 @@ from __future__ import annotations
 
 import hashlib
 
-import msgspec
 from PIL import Image
 
-from server.types import Tile
+from server.types import ImageSettings, Tile
 
 # Frames the hash: raise it whenever the same picture would give other pixels, so that no stale embedding is reused.
 _KEY_VERSION = b"idefics2-tile/1"
-
-
-class ImageSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the checkpoint says about its pictures. Edges are pixels of a tile.
-
-    `do_image_splitting` is what an image with detail "auto" gets when the server leaves it to the checkpoint.
-    """
-
-    shortest_edge: int = 378
-    longest_edge: int = 980
-    do_image_splitting: bool
 
 
 def tile_count(*, split: bool) -> int:

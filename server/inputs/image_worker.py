@@ -24,8 +24,8 @@ from PIL import Image
 
 from server.errors import ClientError
 from server.inputs.image_decode import decode_rgb
-from server.inputs.image_processor import ImageSettings, make_tiles
-from server.types import Tile
+from server.inputs.image_processor import make_tiles
+from server.types import ImageSettings, Tile
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,10 +16,11 @@ from typing import Literal
 
 import msgspec
 
+from server.errors import ClientError
 from server.inputs.image_fetch import ImageFetcher, parse_data_url
 from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import ImageSettings, tile_count
-from server.types import ImageDetail, ImageInput, Tile
+from server.inputs.image_processor import tile_count
+from server.types import ImageDetail, ImageInput, ImageSettings, Tile
 
 Observe = Callable[[float], None]
 Tiles = tuple[Tile, ...]
@@ -28,6 +29,10 @@ _ENTRY_OVERHEAD_BYTES = 1024  # keys and objects beside the pixels, so that many
 
 
 def _ignore(seconds: float) -> None:
+    """Record nothing."""
+
+
+def _ignore_code(code: str) -> None:
     """Record nothing."""
 
 
@@ -45,11 +50,13 @@ class ImageLoader:
         cache_bytes: int = 256 << 20,
         observe_fetch: Observe = _ignore,
         observe_decode: Observe = _ignore,
+        observe_error: Callable[[str], None] = _ignore_code,
     ) -> None:
         """`splitting` is what detail "auto" means, and its own "auto" is the checkpoint's `do_image_splitting`.
 
         `max_bytes` bounds a data URL's file, `cache_bytes` the tiles kept; 0 keeps none. `observe_fetch` gets the
-        seconds of each download, `observe_decode` those of each decode with its wait for a worker.
+        seconds of each download, `observe_decode` those of each decode with its wait for a worker, `observe_error` the
+        code of the error that ended a request.
         """
         self._fetcher = fetcher
         self._pool = pool
@@ -59,6 +66,7 @@ class ImageLoader:
         self._cache = _TileCache(cache_bytes)
         self._observe_fetch = observe_fetch
         self._observe_decode = observe_decode
+        self._observe_error = observe_error
 
     async def start(self) -> None:
         """Raises UnavailableError if an image worker does not come up."""
@@ -93,7 +101,10 @@ class ImageLoader:
                         tiles[key] = group.create_task(self._tiles(files[url], split=split, param=image.param))
         except BaseExceptionGroup as failures:
             # A failed file also fails the tasks that wait for it, with the same exception.
-            raise failures.exceptions[0] from None
+            first = failures.exceptions[0]
+            if isinstance(first, ClientError):
+                self._observe_error(first.code)
+            raise first from None
         return [tiles[key].result() for key in wanted]
 
     def _is_split(self, detail: ImageDetail) -> bool:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import Idefics2Config
 
 from server.errors import CheckpointError
+from server.types import ImageSettings
 
 # The published model's: end of sequence and <end_of_utterance>. They hold where a checkpoint names none of its own.
 DEFAULT_EOS_TOKEN_IDS = (2, 32002)
@@ -96,15 +97,6 @@ class PixelNormalization:
     rescale_factor: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How a picture becomes tiles: the sides in pixels that resizing keeps to, and whether to split by default."""
-
-    shortest_edge: int
-    longest_edge: int
-    do_image_splitting: bool
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from PIL import Image
 from server.errors import ClientError, UnavailableError
 from server.inputs.image_decode import decode_rgb
 from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import ImageSettings, make_tiles
+from server.inputs.image_processor import make_tiles
 from server.inputs.image_worker import Job, Reply
+from server.types import ImageSettings
 from tests.inputs.pictures import encoded, noise, noise_png
 
 SETTINGS = ImageSettings(do_image_splitting=True)

@@ -13,8 +13,8 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import (
     get_resize_output_image_size,
 )
 
-from server.inputs.image_processor import ImageSettings, make_tiles, resized_size, tile_count
-from server.types import Tile
+from server.inputs.image_processor import make_tiles, resized_size, tile_count
+from server.types import ImageSettings, Tile
 from tests.inputs.pictures import noise
 
 SETTINGS = ImageSettings(do_image_splitting=True)

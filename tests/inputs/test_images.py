@@ -12,9 +12,9 @@ from server.errors import ClientError
 from server.inputs.image_decode import decode_rgb
 from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import ImageSettings, make_tiles
+from server.inputs.image_processor import make_tiles
 from server.inputs.images import ImageLoader
-from server.types import ImageDetail, ImageInput, Tile
+from server.types import ImageDetail, ImageInput, ImageSettings, Tile
 from tests.inputs.loopback import Handler, Seen, WebServer, answer, raw, web_server
 from tests.inputs.pictures import as_data_url, noise_png
 

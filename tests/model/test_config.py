@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from server.errors import CheckpointError
-from server.model.config import ImageSettings, PixelNormalization, load_model_config
+from server.model.config import PixelNormalization, load_model_config
+from server.types import ImageSettings
 
 # What the published config.json says; all else is the config class's defaults.
 PUBLISHED = {
