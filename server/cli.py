@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     demo.add_argument("--text-only", type=Path, help="also write the language model alone, for other engines")
+    demo.add_argument("--no-weights", action="store_true", help="all but the weights: for serve --load-format dummy")
     demo.set_defaults(run=_make_demo)
     return parser
 
@@ -94,12 +95,23 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _make_demo(args: argparse.Namespace) -> int:
-    from server.demo.checkpoint import ensure_demo, write_checkpoint
+    from server.demo.checkpoint import SIZES, ensure_demo, write_checkpoint
 
     if args.out is None:
         print(ensure_demo())
         return 0
-    write_checkpoint(args.out, args.size, seed=args.seed, dtype=args.dtype, text_only=args.text_only)
+    if args.size not in SIZES:
+        raise ConfigError(f"--size must be one of {', '.join(SIZES)}, not {args.size!r}")
+    if args.no_weights and args.text_only is not None:
+        raise ConfigError("--text-only writes weights and cannot be combined with --no-weights")
+    write_checkpoint(
+        args.out,
+        args.size,
+        seed=args.seed,
+        dtype=args.dtype,
+        text_only=args.text_only,
+        weights=not args.no_weights,
+    )
     print(args.out)
     return 0
 

@@ -19,7 +19,7 @@ import uvloop
 
 from server.api.app import build_app
 from server.config import ServerConfig
-from server.demo.checkpoint import ensure_demo
+from server.demo.checkpoint import ensure_demo, with_processor
 from server.engine.client import EngineClient, ProcessClient, ThreadClient
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -55,7 +55,10 @@ DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
 
 def resolve_folder(config: ServerConfig) -> Path:
     """The checkpoint's folder, downloaded or written first if need be."""
-    return ensure_demo() if config.model is None else resolve_model(config.model, config.revision)
+    if config.model is None:
+        return ensure_demo()
+    folder = resolve_model(config.model, config.revision, weights=config.load_format == "auto")
+    return folder if config.load_format == "auto" else with_processor(folder)
 
 
 def choose_device(name: str) -> torch.device:

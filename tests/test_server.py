@@ -331,6 +331,17 @@ def test_sigterm_lets_a_running_stream_finish(tiny_checkpoint: Path, tmp_path: P
         assert time.monotonic() - started < 20
 
 
+def test_a_config_json_alone_is_enough_for_dummy_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "only config"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    with running_server(folder, tmp_path / "log", *SMALL, "--load-format", "dummy") as server:
+        body = {"messages": [user(picture(data_url(50, 60, seed=1)), "x")], "max_tokens": 3, "ignore_eos": True}
+        answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=30).json()
+        assert answer["usage"]["completion_tokens"] == 3
+        assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 320
+
+
 def run_cli(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*args), cwd=ROOT, env=clean_environment(**environment), capture_output=True, text=True, timeout=120

@@ -7,6 +7,7 @@ every pixel and word.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -121,6 +122,26 @@ def ensure_demo() -> Path:
     return folder
 
 
+def with_processor(folder: Path) -> Path:
+    """`folder` itself, or where it has no tokenizer a copy of its JSON files with the family's processor beside them.
+
+    So that a config.json alone is enough for `load_format: dummy`. Raises CheckpointError when it cannot be written.
+    """
+    if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
+        return folder
+    configs = [file for file in sorted(folder.glob("*.json")) if not file.name.endswith(".index.json")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in configs)).hexdigest()[:16]
+    completed = default_demo_folder().parent / f"config-{digest}"
+    try:
+        completed.mkdir(parents=True, exist_ok=True)
+        _write_processor(completed)
+        for file in configs:
+            shutil.copyfile(file, completed / file.name)
+    except OSError as error:
+        raise CheckpointError(f"{completed}: cannot be written: {error.strerror or error}") from None
+    return completed
+
+
 def write_checkpoint(
     out: Path,
     size: str,
@@ -129,17 +150,21 @@ def write_checkpoint(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     shards: int | None = None,
     text_only: Path | None = None,
+    weights: bool = True,
 ) -> None:
     """Write a checkpoint of `SIZES[size]` with weights drawn from `seed` into folder `out`.
 
     Weights are drawn in float32 and then rounded to `dtype`, in an order that does not depend on `shards`, the number
     of safetensors files (default: as few as keep each to about 4 GiB). `text_only` also gets the language model alone,
-    as a MistralForCausalLM checkpoint with its tokenizer. Raises KeyError for an unknown size.
+    as a MistralForCausalLM checkpoint with its tokenizer. Without `weights` all else is written, which is what
+    `load_format: dummy` needs. Raises KeyError for an unknown size.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     _write_configs(out, SIZES[size], torch_dtype)
     _write_processor(out)
+    if not weights:
+        return
     shapes = checkpoint_shapes(load_model_config(out))
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch_dtype.itemsize
     groups = _split(shapes, shards or -(-total // MAX_SHARD_BYTES))

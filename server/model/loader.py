@@ -30,7 +30,8 @@ from server.model.weight_map import EMBEDDING, LM_HEAD, WeightTarget, weight_spr
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model")
+WEIGHT_FILES = ("*.safetensors",)
 FLOAT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names and their bytes
 MAX_PROBLEMS = 5  # how many an error lists
 
@@ -47,8 +48,10 @@ class StoredTensor(NamedTuple):
         return torch.Size(self.shape).numel() * FLOAT_TYPES[self.dtype]
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: `model` itself if there is such a folder, else a download of that hub id.
+
+    Without `weights` only the small files are downloaded.
 
     HF_HUB_OFFLINE and the other variables of huggingface_hub hold. Raises CheckpointError with the cause in a line.
     """
@@ -60,7 +63,11 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if folder.exists() or folder.is_absolute() or model.startswith((".", "~")):
         raise CheckpointError(f"{model}: there is no such folder")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
+            )
+        )
     except HFValidationError:
         raise CheckpointError(f"{model}: is neither a folder nor a hub id like 'owner/name'") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):

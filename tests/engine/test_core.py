@@ -3,8 +3,10 @@ from __future__ import annotations
 import threading
 from queue import SimpleQueue
 
+import pytest
+
 from server.engine.core import AbortRequests, EngineCore, Shutdown, ToEngine
-from server.types import EngineOutputs, FinishReason
+from server.types import EngineOutputs, EngineRequest, FinishReason, PlaceholderRange
 from tests.factories import FakeExecutor, expected_answer, make_core, make_request
 
 
@@ -71,3 +73,21 @@ def test_run_serves_forgets_and_leaves() -> None:
     assert tokens == expected_answer(first)
     assert not core.scheduler.has_work
     assert sum(e.stats.num_generated_tokens for e in emitted) >= 3
+
+
+@pytest.mark.xfail(strict=True, reason="ValueError in the middle of scheduling, which ends the engine")
+def test_a_request_whose_tiles_have_no_place_is_refused_and_ends_nobody_else() -> None:
+    core = make_core()
+    whole = make_request(12, tiles=["a"])
+    broken = [
+        EngineRequest(**{**{name: getattr(whole, name) for name in whole.__struct_fields__}, **changes})
+        for changes in (
+            {"request_id": "no place", "placeholders": ()},
+            {"request_id": "no tile", "tiles": ()},
+            {"request_id": "beyond the prompt", "placeholders": (PlaceholderRange(1000, 4),)},
+        )
+    ]
+    fine = make_request(8)
+    emitted = serve(core, [*broken, fine])
+    ends = {o.request_id: o.finish_reason for e in emitted for o in e.outputs if o.finish_reason}
+    assert ends == {**{item.request_id: FinishReason.ERROR for item in broken}, fine.request_id: FinishReason.LENGTH}

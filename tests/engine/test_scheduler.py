@@ -7,6 +7,7 @@ import random
 import pytest
 
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.step import ModelRunnerOutput, SchedulerOutput
 from server.types import EngineRequest, FinishReason
 from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_scheduler, make_tile
 
@@ -315,3 +316,54 @@ def test_100_000_random_operations_leak_nothing() -> None:
         assert scheduler.holds_nothing
     assert operations == 100_000
     assert min(seen.values()) > 300, seen
+
+
+@pytest.mark.xfail(strict=True, reason="a tile that the plan itself pushes out of the cache is not counted")
+def test_no_step_encodes_more_tiles_than_its_budget() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_tiles=1, num_tile_slots=3), FakeExecutor()
+    for name in ("old", "x", "y"):  # the cache is full, `old` is the next to go
+        scheduler.add(make_request(range(ord(name[0]), ord(name[0]) + 4), tiles=[name], max_tokens=1))
+        run(scheduler, executor)
+    for tiles in (["new", "old"], ["more"], ["and more"]):
+        scheduler.add(make_request(4, tiles=tiles, max_tokens=1))
+    while scheduler.has_work:
+        step(scheduler, executor)
+        assert len(executor.steps[-1].tiles) <= 1
+
+
+class StrictExecutor(FakeExecutor):
+    """A slot whose tile could not be encoded holds what it held before."""
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        result = super().execute(step)
+        for item in step.tiles:
+            if self.sources[item.request_id].tiles[item.index].key in self.broken_tiles:
+                self.slots[item.slot] = b"the last one's picture"
+        return result
+
+
+@pytest.mark.xfail(strict=True, reason="nobody is told that the tile failed, and its slot passes for encoded")
+def test_a_tile_that_breaks_while_its_request_is_preempted_is_not_reused() -> None:
+    scheduler, executor = (
+        make_scheduler(
+            num_blocks=8,
+            max_model_len=32,
+            max_num_seqs=2,
+            max_num_batched_tokens=9,
+            num_tile_slots=4,
+            enable_prefix_caching=False,
+        ),
+        StrictExecutor(),
+    )
+    executor.broken_tiles = {make_tile("d").key}
+    pictured = make_request(2, tiles=["a", "b", "c", "d"], max_tokens=1, priority=5)
+    urgent = make_request(range(900, 916), max_tokens=2)
+    scheduler.add(pictured)
+    step(scheduler, executor)
+    scheduler.add(urgent)
+    while make_tile("d").key not in executor.encoded:
+        step(scheduler, executor)
+    assert scheduler.num_waiting == 1, "the request was not preempted in the step that encoded its tile"
+    executor.broken_tiles = set()
+    answers = run(scheduler, executor)
+    assert answers[pictured.request_id] == expected_answer(pictured)
