@@ -66,14 +66,14 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(folder: Path, log: Path, *args: str) -> Iterator[Server]:
+def running_server(folder: Path, log: Path, *args: str, **environment: str) -> Iterator[Server]:
     """Start `serve FOLDER ARGS` and wait until it is ready; end it by its own process id."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command("serve", str(folder), "--port", str(port), *args),
             cwd=ROOT,
-            env=clean_environment(),
+            env=clean_environment(**environment),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

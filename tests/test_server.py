@@ -335,7 +335,8 @@ def test_a_config_json_alone_is_enough_for_dummy_weights(tiny_checkpoint: Path, 
     folder = tmp_path / "only config"
     folder.mkdir()
     (folder / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
-    with running_server(folder, tmp_path / "log", *SMALL, "--load-format", "dummy") as server:
+    flags = (*SMALL, "--load-format", "dummy")
+    with running_server(folder, tmp_path / "log", *flags, XDG_CACHE_HOME=str(tmp_path)) as server:
         body = {"messages": [user(picture(data_url(50, 60, seed=1)), "x")], "max_tokens": 3, "ignore_eos": True}
         answer = httpx.post(f"{server.base_url}/v1/chat/completions", json=body, timeout=30).json()
         assert answer["usage"]["completion_tokens"] == 3
