@@ -139,7 +139,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config: cannot read {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: {file} is not YAML: {error}") from None
     if content is None:
         return {}
@@ -155,10 +155,8 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if not name.startswith(ENV_PREFIX):
             continue
         key = name.removeprefix(ENV_PREFIX).lower()
-        if key == "served_model_name":
-            found[key] = [part for part in text.split(",") if part]
-        elif text:
-            found[key] = text
+        if text:
+            found[key] = [part for part in text.split(",") if part] if key == "served_model_name" else text
     return found
 
 

@@ -107,10 +107,7 @@ class AsyncLLM:
 
     def check_capacity(self) -> None:
         """Raise CapacityError or UnavailableError when a request cannot be taken now."""
-        if self._death is not None:
-            raise EngineDeadError("the engine is not running", retry_after=5.0)
-        if self._draining:
-            raise UnavailableError("the server is shutting down", retry_after=1.0)
+        self._check_open()
         _ = self.info  # refuses while loading
         if self.num_in_flight >= self._max_in_flight:
             waves = self.num_in_flight / self._max_num_seqs
@@ -119,6 +116,12 @@ class AsyncLLM:
                 f"{self._max_in_flight}",
                 retry_after=min(max(waves * self._recent_seconds / 2, 1.0), 60.0),
             )
+
+    def _check_open(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError("the engine is not running", retry_after=5.0)
+        if self._draining:
+            raise UnavailableError("the server is shutting down", retry_after=1.0)
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -132,6 +135,7 @@ class AsyncLLM:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
         """Outputs of one request until its finish_reason. Raises ServerError when the engine fails it."""
+        self._check_open()  # much may have happened while the request was prepared
         wake = asyncio.Event()
         stream = self._outputs.open(request, wake.set)
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.step import ModelRunnerOutput, NewRequest, SchedulerOutput
+from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile
 
 IMAGE_ID, FAKE_ID = 32001, 32000
@@ -75,6 +75,7 @@ def make_scheduler(**changes: int | bool) -> Scheduler:
 class FakeExecutor:
     """Checks every plan as a strict runner would, and samples a token that depends on all tokens before it.
 
+    Its cache remembers what was written where: a plan that counts on tokens or tiles that are not there is an error.
     `broken_tiles` (keys) fail to encode; `explode_on` (request ids) make the whole step raise.
     """
 
@@ -84,6 +85,8 @@ class FakeExecutor:
         self.blocks: dict[str, list[int]] = {}
         self.sources: dict[str, NewRequest] = {}
         self.slots: dict[int, bytes] = {}
+        self.contents: dict[str, list[int]] = {}
+        self.cache: dict[tuple[int, int], int] = {}  # (block, place in it) → what all tokens up to it are
         self.encoded: list[bytes] = []
         self.steps: list[SchedulerOutput] = []
         self.broken_tiles: set[bytes] = set()
@@ -91,7 +94,7 @@ class FakeExecutor:
 
     def forget(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            del self.tokens[request_id], self.sources[request_id]
+            del self.tokens[request_id], self.sources[request_id], self.contents[request_id]
             self.blocks.pop(request_id, None)
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -100,34 +103,73 @@ class FakeExecutor:
         for new in step.new_requests:
             self.tokens[new.request_id] = list(new.prompt_token_ids)
             self.sources[new.request_id] = new
+            self.contents[new.request_id] = []
+        lengths = [plan.num_tokens for plan in step.scheduled]
+        if min(lengths, default=1) < 1 or sorted(lengths, key=lambda length: length > 1) != lengths:
+            raise AssertionError("chunks must have tokens, and single tokens come first")
+        if any(plan.request_id in self.explode_on for plan in step.scheduled):
+            raise RuntimeError("injected")
+        broken = self._encode(step)
+        sampled, failed = {}, {}
+        for plan in step.scheduled:
+            blocks = [] if plan.resumed else self.blocks[plan.request_id]
+            self.blocks[plan.request_id] = blocks + plan.new_block_ids
+            if not broken.isdisjoint(plan.tile_slots.values()):
+                failed[plan.request_id] = "broken tile"
+                continue
+            self._compute(plan)
+            if plan.num_computed_tokens + plan.num_tokens == len(self.tokens[plan.request_id]):
+                token = self.next_token(self.tokens[plan.request_id])
+                self.tokens[plan.request_id].append(token)
+                sampled[plan.request_id] = token
+        return ModelRunnerOutput(sampled=sampled, failed=failed, failed_slots=frozenset(broken))
+
+    def _encode(self, step: SchedulerOutput) -> set[int]:
+        """Fill slots; one whose tile is broken keeps what it held. Returns those."""
+        if len({item.slot for item in step.tiles}) != len(step.tiles):
+            raise AssertionError("two tiles for one slot")
         broken = set()
         for item in step.tiles:
             key = self.sources[item.request_id].tiles[item.index].key
             self.encoded.append(key)
-            self.slots[item.slot] = key
             if key in self.broken_tiles:
                 broken.add(item.slot)
-        sampled, failed = {}, {}
-        for plan in step.scheduled:
-            if plan.request_id in self.explode_on:
-                raise RuntimeError("injected")
-            blocks = [] if plan.resumed else self.blocks[plan.request_id]
-            self.blocks[plan.request_id] = blocks + plan.new_block_ids
-            end = plan.num_computed_tokens + plan.num_tokens
-            if len(self.blocks[plan.request_id]) * self.block_size < end:
-                raise AssertionError("fewer blocks than tokens")
-            source = self.sources[plan.request_id]
-            for index, placeholder in enumerate(source.placeholders):
-                if placeholder.offset < end and placeholder.end > plan.num_computed_tokens:
-                    if self.slots[plan.tile_slots[index]] != source.tiles[index].key:
-                        raise AssertionError("a slot holds another tile than the one it was given for")
-                    if plan.tile_slots[index] in broken:
-                        failed[plan.request_id] = "broken tile"
-            if plan.request_id not in failed and end == len(self.tokens[plan.request_id]):
-                token = self.next_token(self.tokens[plan.request_id])
-                self.tokens[plan.request_id].append(token)
-                sampled[plan.request_id] = token
-        return ModelRunnerOutput(sampled=sampled, failed=failed)
+            else:
+                self.slots[item.slot] = key
+        return broken
+
+    def _compute(self, plan: ScheduledRequest) -> None:
+        source, blocks = self.sources[plan.request_id], self.blocks[plan.request_id]
+        start, end = plan.num_computed_tokens, plan.num_computed_tokens + plan.num_tokens
+        if len(blocks) * self.block_size < end:
+            raise AssertionError("fewer blocks than tokens")
+        touched = {i for i, place in enumerate(source.placeholders) if place.offset < end and place.end > start}
+        if touched != set(plan.tile_slots):
+            raise AssertionError("slots are not exactly those of the tiles that the chunk touches")
+        for index in touched:
+            if self.slots.get(plan.tile_slots[index]) != source.tiles[index].key:
+                raise AssertionError("a slot holds another tile than the one it was given for")
+        contents = self._contents(plan.request_id)
+        for position in range(0 if plan.resumed else max(start - 1, 0), end):
+            place = (blocks[position // self.block_size], position % self.block_size)
+            if position >= start:
+                self.cache[place] = contents[position]
+            elif self.cache.get(place) != contents[position]:
+                raise AssertionError("a block holds other tokens or pictures than those it was taken for")
+
+    def _contents(self, request_id: str) -> list[int]:
+        """For each token a number that stands for it, its picture, and all before it."""
+        source, known = self.sources[request_id], self.contents[request_id]
+        tokens = self.tokens[request_id]
+        while len(known) < len(tokens):
+            position = len(known)
+            picture = [
+                (tile.key, position - place.offset)
+                for tile, place in zip(source.tiles, source.placeholders, strict=True)
+                if place.offset <= position < place.end
+            ]
+            known.append(hash((known[-1] if known else 0, tokens[position], *picture)))
+        return known
 
     @staticmethod
     def next_token(tokens: Sequence[int]) -> int:

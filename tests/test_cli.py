@@ -187,7 +187,6 @@ def test_make_demo_writes_where_it_is_told(
     assert calls == [(out, "8b", 3, "float32", text)]
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError")
 def test_a_demo_of_unknown_size_is_refused(tmp_path: Path) -> None:
     try:
         status = cli.main(["make-demo", str(tmp_path / "out"), "--size", "huge"])

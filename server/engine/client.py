@@ -93,6 +93,7 @@ class ProcessClient:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._threads: list[threading.Thread] = []
         self._closing = False
+        self._gone = False  # its pipe ended, which is seen a moment before the process counts as dead
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> EngineInfo:
         context = multiprocessing.get_context("spawn")
@@ -142,6 +143,7 @@ class ProcessClient:
             try:
                 message = _DECODE_FROM_ENGINE.decode(reads.recv_bytes())
             except (EOFError, OSError):
+                self._gone = True
                 if not self._closing:
                     logger.error("the engine process is gone")
                     on_death("the engine process is gone")
@@ -150,7 +152,7 @@ class ProcessClient:
                 on_outputs(message)
 
     def submit(self, message: EngineRequest | AbortRequests) -> None:
-        if self._process is None or not self._process.is_alive():
+        if self._process is None or self._gone or not self._process.is_alive():
             raise EngineDeadError("the engine is not running")
         self._outbox.put(message)
 

@@ -85,6 +85,7 @@ class Scheduler:
                 f"{len(source.prompt_token_ids)} prompt and {source.max_tokens} output tokens do not fit "
                 f"a context of {self.limits.max_model_len}"
             )
+        _check_placeholders(source)
         request = Request(source, self._num_added)
         self._num_added += 1
         self._requests[source.request_id] = request
@@ -205,7 +206,8 @@ class Scheduler:
         """Enter a chunk whose blocks are taken: pin its tiles and charge the budgets."""
         start = request.num_computed_tokens
         touched = list(_tiles_between(request, start, start + num_tokens))
-        for index in touched:
+        # Tiles that are there first, lest a new one takes the slot of one that this very chunk needs.
+        for index in sorted(touched, key=lambda index: request.source.tiles[index].key not in self.encoder):
             if index not in request.tile_slots:
                 self._pin_tile(step, request, index)
         step.tokens_left -= num_tokens
@@ -266,7 +268,15 @@ class Scheduler:
             output = self._advance_computed(request, item, result.sampled.get(item.request_id))
             if output is not None:
                 outputs.append(output)
+        self._discard_tiles(tile for tile in step.tiles if tile.slot in result.failed_slots)
         return outputs
+
+    def _discard_tiles(self, tiles: Iterable[TileToEncode]) -> None:
+        """Forget tiles that were not encoded. A request that was preempted within the step is still here."""
+        for tile in tiles:
+            request = self._requests.get(tile.request_id)
+            if request is not None:
+                self.encoder.discard(request.source.tiles[tile.index].key)
 
     def _advance_computed(self, request: Request, item: ScheduledRequest, token: int | None) -> EngineOutput | None:
         self._counts["num_prompt_tokens"] += max(
@@ -300,12 +310,8 @@ class Scheduler:
     def fail_step(self, step: SchedulerOutput, message: str) -> list[EngineOutput]:
         """A step broke and nobody can tell for whom: end all that were in it, keep all others."""
         failed = {item.request_id: message for item in step.scheduled}
-        for tile in step.tiles:
-            # Encoded for a request that was preempted within the step: nobody may reuse what was not written.
-            request = self._requests.get(tile.request_id)
-            if request is not None and tile.request_id not in failed:
-                self.encoder.discard(request.source.tiles[tile.index].key)
-        return self.update(step, ModelRunnerOutput(sampled={}, failed=failed))
+        slots = frozenset(tile.slot for tile in step.tiles)
+        return self.update(step, ModelRunnerOutput(sampled={}, failed=failed, failed_slots=slots))
 
     # -- the one place where things are given back ---------------------------------------------------------------
 
@@ -394,6 +400,19 @@ _COUNTED = (
     "tile_hits",
     "num_encoded_tiles",
 )
+
+
+def _check_placeholders(source: EngineRequest) -> None:
+    """Raise ValueError unless each tile has a place of its own in the prompt, in order."""
+    if len(source.tiles) != len(source.placeholders):
+        raise ValueError(f"{len(source.tiles)} tiles do not fit {len(source.placeholders)} placeholders")
+    end = 0
+    for placeholder in source.placeholders:
+        if placeholder.length < 1 or placeholder.offset < end:
+            raise ValueError("placeholders must ascend and not overlap")
+        end = placeholder.end
+    if end > len(source.prompt_token_ids):
+        raise ValueError(f"placeholders up to {end} do not fit {len(source.prompt_token_ids)} prompt tokens")
 
 
 def _tiles_between(request: Request, start: int, end: int) -> Iterable[int]:

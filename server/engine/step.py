@@ -65,11 +65,13 @@ class SchedulerOutput:
 class ModelRunnerOutput:
     """`sampled` has a token for each request whose chunk reached its last token; `failed` names the culprits.
 
-    A failed request has computed nothing this step; its message is safe to show to a client.
+    A failed request has computed nothing this step; its message is safe to show to a client. `failed_slots` are those
+    whose tile could not be encoded.
     """
 
     sampled: dict[str, int]
     failed: dict[str, str] = field(default_factory=dict)
+    failed_slots: frozenset[int] = frozenset()
     encode_seconds: float = 0.0
 
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from server.errors import CheckpointError
+from server.errors import CheckpointError, ClientError
 from server.inputs.tokenizer import IMAGE_TOKEN
 from server.types import ImageInput, TextPart, Turn
 
@@ -54,7 +54,7 @@ Segment = TextSegment | SpecialSegment | ImageSegment
 
 
 class ChatTemplate:
-    """A compiled template. Raises CheckpointError at construction when it cannot be used at all."""
+    """A compiled template. Raises CheckpointError at construction when not even a plain question goes through it."""
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, int]) -> None:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -71,11 +71,18 @@ class ChatTemplate:
             if token in special_tokens
         }
         probe = (Turn(role="user", parts=(ImageInput(url="", detail="auto", param=""), TextPart("?"))),)
-        if self.render(probe).count(ImageSegment()) != 1:
-            raise CheckpointError("the chat template does not print one image token for one picture")
+        try:
+            printed = self.render(probe).count(ImageSegment())
+        except ClientError as error:
+            raise CheckpointError(error.message) from None
+        if printed != 1:
+            raise CheckpointError(f"the chat template prints {printed} and not one image token for one picture")
 
     def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> list[Segment]:
-        """Segments of a conversation; neighbouring texts are joined, empty ones dropped."""
+        """Segments of a conversation; neighbouring texts are joined, empty ones dropped.
+
+        Raises ClientError for a conversation that the template refuses or cannot take.
+        """
         texts: list[str] = []
         messages = [{"role": turn.role, "content": _mark(turn, texts)} for turn in turns]
         try:
@@ -83,7 +90,11 @@ class ChatTemplate:
                 messages=messages, add_generation_prompt=add_generation_prompt, **self._constants
             )
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"the chat template failed: {error}") from None
+            raise ClientError(f"the model's chat template failed: {error}", param="messages") from None
+        except Exception as error:  # a template is a program and may break in any way that Python does
+            raise ClientError(
+                f"the model's chat template failed on these messages: {type(error).__name__}", param="messages"
+            ) from None
         segments: list[Segment] = []
         run: list[str] = []
         for index, piece in enumerate(self._cut.split(rendered)):
@@ -102,14 +113,27 @@ def read_chat_template(folder: Path, tokenizer_template: str | None) -> str:
     """The template of a checkpoint: `chat_template.jinja`, `.json`, the tokenizer's or processor's, or the family's."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{jinja}: cannot be read: {error}") from None
     for name in ("chat_template.json", "processor_config.json"):
         file = folder / name
         if file.is_file():
-            template: Any = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+            template = _read_json(file).get("chat_template")
             if isinstance(template, str):
                 return template
     return tokenizer_template or FAMILY_TEMPLATE
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object")
+    return content
 
 
 def _mark(turn: Turn, texts: list[str]) -> list[dict[str, str]]:

@@ -102,10 +102,16 @@ class InputProcessor:
             image_token_id=self.tokenizer.image_token_id,
             rows_per_tile=self._rows_per_tile,
         )
-        tile_counts = (
-            self._images.num_tiles(part) for turn in turns for part in turn.parts if isinstance(part, ImageInput)
-        )
+        images = [part for turn in turns for part in turn.parts if isinstance(part, ImageInput)]
         segments = self._template.render(turns)
+        printed = segments.count(ImageSegment())
+        if not segments or printed != len(images):
+            raise ClientError(
+                f"the model's chat template cannot take these messages: of their {len(images)} images it prints "
+                f"{printed}, in {len(segments)} segments",
+                param="messages",
+            )
+        tile_counts = iter([self._images.num_tiles(image) for image in images])
         bos = self.tokenizer.bos_token_ids
         if not (isinstance(segments[0], SpecialSegment) and [self.tokenizer.special_tokens[segments[0].token]] == bos):
             prompt.add_ids(list(bos))

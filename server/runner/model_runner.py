@@ -59,7 +59,9 @@ class ModelRunner:
         }
         scheduled = [item for item in step.scheduled if item.request_id not in failed]
         sampled = self._compute(scheduled, failed) if scheduled else {}
-        return ModelRunnerOutput(sampled=sampled, failed=failed, encode_seconds=encode_seconds)
+        return ModelRunnerOutput(
+            sampled=sampled, failed=failed, failed_slots=frozenset(failed_slots), encode_seconds=encode_seconds
+        )
 
     def _take_in(self, step: SchedulerOutput) -> None:
         self.forget(step.finished)

@@ -50,6 +50,7 @@ class Sampler:
         digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little", signed=True))
         uniform = torch.rand(vocab, generator=self._generator, device=self._generator.device)
+        uniform.clamp_(min=2.0**-25)  # one draw in 2^24 is exactly 0, and its noise would be infinite
         return uniform.log_().neg_()  # torch's own exponential_ takes three times as long on CPU
 
 
@@ -74,7 +75,9 @@ def _truncate(probs: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
     total = probs.sum() if top_k == vocab else None
     if wanted < top_k:
         covers_top_p = total is not None and float(kept.sum() / total) >= sampling.top_p and sampling.top_p < 1.0
-        covers_min_p = sampling.min_p > 0 and float(kept[-1]) < sampling.min_p * float(kept[0])
+        # With a large top-k, top-p is a share of all that it leaves, which only the full sort tells.
+        needs_total = total is None and sampling.top_p < 1.0
+        covers_min_p = sampling.min_p > 0 and float(kept[-1]) < sampling.min_p * float(kept[0]) and not needs_total
         if not covers_top_p and not covers_min_p:
             kept, ids = torch.sort(probs, descending=True)
             kept, ids = kept[:top_k], ids[:top_k]

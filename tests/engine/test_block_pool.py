@@ -83,3 +83,35 @@ def test_integrity_check_sees_a_leak() -> None:
     pool._ref_counts[0] = 0
     with pytest.raises(RuntimeError):
         pool.check_integrity()
+
+
+def test_a_block_without_a_hash_goes_before_cached_ones_that_were_freed_long_ago() -> None:
+    pool = BlockPool(3)
+    cached, plain = pool.allocate(2), pool.allocate(1)
+    assert cached is not None
+    assert plain is not None
+    for block, block_hash in zip(cached, (b"h0", b"h1"), strict=True):
+        pool.publish(block, block_hash)
+    pool.release(cached)
+    pool.release(plain)
+    assert pool.allocate(1) == plain
+    assert pool.lookup([b"h0", b"h1"]) == cached
+
+
+def test_a_prefix_ends_at_the_first_block_that_is_gone() -> None:
+    pool = BlockPool(3)
+    blocks = pool.allocate(3)
+    assert blocks is not None
+    for block, block_hash in zip(blocks, (b"h0", b"h1", b"h2"), strict=True):
+        pool.publish(block, block_hash)
+    assert pool.lookup([b"h0", b"other", b"h2"]) == blocks[:1]
+    assert pool.lookup([b"other", b"h1"]) == []
+
+
+def test_how_many_of_some_blocks_are_free() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(3)
+    assert blocks is not None
+    pool.release(blocks[:2])
+    assert pool.num_free_among(blocks) == 2
+    assert pool.num_used == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from server.engine.prefix_hash import BlockHasher
 from server.engine.request import Request
-from server.types import EngineRequest
-from tests.factories import make_request
+from server.types import EngineRequest, PlaceholderRange
+from tests.factories import IMAGE_ID, make_request
 
 HASHER = BlockHasher(4, secret=b"test")
 
@@ -63,3 +63,29 @@ def test_incremental_equals_at_once() -> None:
     for length in range(request.num_tokens + 1):
         HASHER.extend(request, length)
     assert request.block_hashes == hashes(make_request(30, tiles=["a", "b"]))
+
+
+def test_where_a_picture_stands_matters_even_where_the_ids_do_not_tell() -> None:
+    def request(offset: int) -> EngineRequest:
+        whole = make_request(4, tiles=["a"])
+        return EngineRequest(
+            request_id="r",
+            prompt_token_ids=[IMAGE_ID] * 12,
+            sampling=whole.sampling,
+            eos_token_ids=(),
+            tiles=whole.tiles,
+            placeholders=(PlaceholderRange(offset, 4),),
+        )
+
+    assert len({hashes(request(offset))[1] for offset in range(9)}) == 9
+
+
+def test_a_picture_counts_in_every_block_it_reaches_into() -> None:
+    """Also for two requests whose blocks before it are the same to the last bit."""
+    request = Request(make_request(4, tiles=["a"], rows_per_tile=11), 0)
+    other = Request(make_request(4, tiles=["b"], rows_per_tile=11), 0)
+    assert request.token_ids == other.token_ids
+    for start, end in ((0, 4), (4, 8), (8, 12), (12, 16)):  # rows 2 to 12
+        same = HASHER._hash_block(request, start, b"parent") == HASHER._hash_block(other, start, b"parent")
+        assert not same, f"tokens {start} to {end}"
+    assert HASHER._hash_block(request, 13, b"parent") == HASHER._hash_block(other, 13, b"parent")

@@ -80,7 +80,6 @@ def test_random_operations_against_a_sorted_list() -> None:
         assert len(queue) == len(expected)
 
 
-@pytest.mark.xfail(strict=True, reason="an entry that was removed comes back to life with its id")
 def test_an_id_may_come_again_after_its_removal() -> None:
     queue = WaitingQueue()
     first, second = request(0, request_id="same"), request(1, request_id="same")
@@ -90,7 +89,6 @@ def test_an_id_may_come_again_after_its_removal() -> None:
     assert queue.pop() is second
 
 
-@pytest.mark.xfail(strict=True, reason="entries stay, with their pictures, until they have come to the front")
 def test_what_is_removed_is_let_go() -> None:
     queue = WaitingQueue()
     queue.push(request(0))

@@ -52,6 +52,11 @@ def test_every_kind_of_piece_has_its_bytes() -> None:
     assert TABLE.get(GAP + 1000) == b""  # ids that only pad the embedding
 
 
+def test_only_a_whole_piece_names_a_byte() -> None:
+    table = TokenTable.from_pieces(["<0xe2>", "<0xE2>x", "x<0xE2>", "<0xE>", "<0xE22>"], special_ids=())
+    assert [table.get(index) for index in range(5)] == [b"\xe2", b"<0xE2>x", b"x<0xE2>", b"<0xE>", b"<0xE22>"]
+
+
 def test_a_special_piece_that_looks_like_a_byte_stays_as_it_is() -> None:
     table = TokenTable.from_pieces(["<0x41>", "<0x41>", "▁x"], special_ids={1, 2})
     assert [table.get(index) for index in range(3)] == [b"A", b"<0x41>", "▁x".encode()]

@@ -68,8 +68,8 @@ class SdpaAttention:
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
-        cache.key.flatten(0, 1).index_copy_(0, metadata.slot_mapping, key)
-        cache.value.flatten(0, 1).index_copy_(0, metadata.slot_mapping, value)
+        cache.key.flatten(0, 1).index_copy_(0, metadata.slot_mapping, _finite(key))
+        cache.value.flatten(0, 1).index_copy_(0, metadata.slot_mapping, _finite(value))
         out = torch.empty_like(query)
         decodes = metadata.num_decodes
         if decodes:
@@ -117,6 +117,12 @@ class SdpaAttention:
             enable_gqa=query.shape[1] != keys.shape[1],
         )
         return attended[0].transpose(0, 1)
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """What may be stored. A block outlives its request, and whoever reads past its own end in it masks what it finds
+    there with a weight of 0; but 0 × NaN is NaN. The request that made it fails by its own logits."""
+    return torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _gather(cache: LayerCache, tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
