@@ -174,7 +174,8 @@ def test_make_demo_writes_where_it_is_told(
 ) -> None:
     calls: list[tuple[object, ...]] = []
 
-    def write(out: Path, size: str, *, seed: int, dtype: str, text_only: Path | None) -> None:
+    def write(out: Path, size: str, *, seed: int, dtype: str, text_only: Path | None, weights: bool) -> None:
+        assert weights
         calls.append((out, size, seed, dtype, text_only))
 
     monkeypatch.setattr(server.demo.checkpoint, "write_checkpoint", write)

@@ -75,6 +75,12 @@ class FakeInputs:
         return make_request(8)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does; the time limit is the scenario's."""
+    while not condition():  # noqa: ASYNC110 - threads that know no events
+        await asyncio.sleep(0.005)
+
+
 class Server:
     """An AsyncLLM with its parts at hand."""
 
@@ -109,8 +115,7 @@ class Server:
     async def until_idle(self) -> None:
         """Wait until the engine holds nothing, as it must soon after the last request."""
         scheduler = self.core.scheduler
-        while scheduler.has_work or not scheduler.holds_nothing:  # noqa: ASYNC110 - a thread without an event
-            await asyncio.sleep(0.005)
+        await until(lambda: not scheduler.has_work and scheduler.holds_nothing)
 
     async def until_entered(self) -> None:
         """Wait until a gated step has begun."""
@@ -227,9 +232,8 @@ def test_a_stop_string_ends_the_work_even_while_nobody_reads() -> None:
         server.executor.gate.release()
         await anext(outputs)
         server.executor.gate.release(2)
-        for _ in range(4):  # the first three steps are done when the fourth has begun
-            await server.until_entered()
-        await asyncio.sleep(0.02)  # for the loop to take what the engine's thread handed over
+        (stream,) = server.outputs._streams.values()
+        await until(lambda: stream.finish_reason is not None)
         server.executor.gate.release(1000)
         await server.until_idle()
         assert len(server.executor.steps) <= 6

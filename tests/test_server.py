@@ -318,7 +318,7 @@ def test_thread_client_gives_the_same_answers(tiny_checkpoint: Path, tmp_path: P
 
 def test_sigterm_lets_a_running_stream_finish(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with running_server(tiny_checkpoint, tmp_path / "log", *SMALL) as server:
-        body = {"messages": [user("Go")], "max_tokens": 300, "ignore_eos": True, "stream": True, "temperature": 0}
+        body = {"messages": [user("Go")], "max_tokens": 100, "ignore_eos": True, "stream": True, "temperature": 0}
         with httpx.stream("POST", f"{server.base_url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)

@@ -56,6 +56,7 @@ def configure_logging(level: str = "INFO") -> None:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+        library.setLevel(logging.NOTSET)
     # Ours has the route, the status and the time, and knows of clients that left.
     logging.getLogger("uvicorn.access").disabled = True
     for name in _TALKATIVE:

@@ -17,6 +17,8 @@ from server.runner.input_batch import InputBatch, RequestState, build_input_batc
 from server.runner.sampler import Sampler
 from server.runner.vision_runner import VisionRunner
 
+BROKEN = "the model's numbers broke down for this request"
+
 
 class ModelRunner:
     """The model, its caches and the requests in flight."""
@@ -80,6 +82,7 @@ class ModelRunner:
             scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
         )
         hidden = self._forward(batch)
+        failed |= _broken(hidden, scheduled)
         if not batch.sampled:
             return {}
         logits = self._model.compute_logits(hidden[batch.logits_indices])
@@ -87,8 +90,8 @@ class ModelRunner:
         for state, token in zip(batch.sampled, self._sampler.sample(logits, batch.sampled), strict=True):
             request_id = state.source.request_id
             if token is None:
-                failed[request_id] = "the model produced no finite logits for this request"
-            else:
+                failed[request_id] = BROKEN
+            elif request_id not in failed:
                 state.token_ids.append(token)
                 sampled[request_id] = token
         return sampled
@@ -109,3 +112,18 @@ class ModelRunner:
             embeddings = self._model.merge(embeddings, rows, batch.image_positions)
         hidden: torch.Tensor = self._model(embeddings, batch.positions, self._caches, metadata)
         return hidden
+
+
+def _broken(hidden: torch.Tensor, scheduled: Sequence[ScheduledRequest]) -> dict[str, str]:
+    """The requests with a hidden state [T, hidden] that is not finite, at any token of their chunk.
+
+    The last token alone would not tell: attention stores what is not finite as 0, so a later chunk looks healthy.
+    """
+    if bool(hidden.isfinite().all()):
+        return {}
+    chunks = torch.split(hidden, [item.num_tokens for item in scheduled])
+    return {
+        item.request_id: BROKEN
+        for item, chunk in zip(scheduled, chunks, strict=True)
+        if not bool(chunk.isfinite().all())
+    }

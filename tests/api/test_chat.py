@@ -71,7 +71,7 @@ def test_sdk_plain(llm: ScriptedLLM, client: openai.OpenAI) -> None:
     )
     assert (chat.sampling.max_tokens, chat.sampling.temperature) == (5, 0.0)
     assert chat.request_id == answer.id
-    assert llm.closed.is_set()
+    assert llm.closed.wait(5)
 
 
 def test_plain_body(url: str) -> None:
@@ -137,7 +137,7 @@ def test_sdk_stream(client: openai.OpenAI, llm: ScriptedLLM) -> None:
     assert [event.usage is not None for event in events] == [False, False, False, False, True]
     assert events[-1].usage is not None
     assert events[-1].usage.completion_tokens == 3
-    assert llm.closed.is_set()
+    assert llm.closed.wait(5)
 
 
 def test_sdk_stream_helper(client: openai.OpenAI) -> None:

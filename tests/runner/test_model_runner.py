@@ -258,7 +258,6 @@ def test_a_request_without_finite_logits_fails(tiny_checkpoint: Path) -> None:
     assert core.scheduler.holds_nothing
 
 
-@pytest.mark.xfail(strict=True, reason="what breaks is stored as 0, and the next chunk knows nothing of it")
 def test_numbers_that_break_in_an_earlier_chunk_fail_the_request_too(tiny_checkpoint: Path) -> None:
     core = poisoned_core(tiny_checkpoint)
     prompt = [1, POISON, *range(300, 300 + 253 - 2), 5]
