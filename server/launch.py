@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
 import torch
@@ -51,6 +52,9 @@ logger = logging.getLogger(__name__)
 # Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
 DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
+
+
+CUT_SECONDS = 5  # what clients get to read the last event of a stream that was ended
 
 
 def resolve_folder(config: ServerConfig) -> Path:
@@ -231,7 +235,18 @@ def build_llm(config: ServerConfig) -> AsyncLLM:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which ends by itself after SIGTERM or SIGINT: uvicorn would raise the signal a second time."""
+    """uvicorn's server, which ends by itself after SIGTERM or SIGINT: uvicorn would raise the signal a second time.
+
+    `leaving` is set by the first of them.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.leaving = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        self.leaving.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -254,20 +269,31 @@ def serve(config: ServerConfig) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(config.shutdown_timeout),
+            # Ours ends open streams with an error event first; uvicorn would cut them.
+            timeout_graceful_shutdown=int(config.shutdown_timeout) + CUT_SECONDS,
         )
     )
-    return uvloop.run(_serve(llm, server))
+    return uvloop.run(_serve(llm, server, config.shutdown_timeout))
 
 
-async def _serve(llm: AsyncLLM, server: uvicorn.Server) -> int:
+async def _serve(llm: AsyncLLM, server: DrainingServer, shutdown_timeout: float) -> int:
     loading = asyncio.create_task(_load(llm, server))
+    draining = asyncio.create_task(_drain(llm, server, shutdown_timeout))
     try:
         await server.serve()
     finally:
+        draining.cancel()
         await llm.close()
     await loading
     return 0
+
+
+async def _drain(llm: AsyncLLM, server: DrainingServer, seconds: float) -> None:
+    """From the first signal on: nothing new, and after `seconds` an error event for whatever is still running."""
+    await server.leaving.wait()
+    llm.drain()
+    await asyncio.sleep(seconds)
+    llm.end_all()
 
 
 async def _load(llm: AsyncLLM, server: uvicorn.Server) -> None:

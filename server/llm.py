@@ -56,6 +56,7 @@ class AsyncLLM:
         self._info: EngineInfo | None = None
         self._death: str | None = None
         self._draining = False
+        self._closed = False
         self._recent_seconds = 1.0  # smoothed time a request takes, for Retry-After
 
     # -- life ----------------------------------------------------------------------------------------------------
@@ -74,10 +75,18 @@ class AsyncLLM:
         self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
         return self._info
 
-    async def close(self) -> None:
-        """Refuse new work, end what is still open with an error, and stop the engine."""
+    def drain(self) -> None:
+        """Refuse new work; what was accepted goes on."""
         self._draining = True
+
+    def end_all(self) -> None:
+        """End what is still open with an error, and refuse whatever comes."""
+        self._draining = self._closed = True
         self._outputs.fail_all(UnavailableError("the server is shutting down", retry_after=1.0))
+
+    async def close(self) -> None:
+        """End what is still open with an error, and stop the engine."""
+        self.end_all()
         await self._inputs.close()
         await asyncio.to_thread(self._client.close)
 
@@ -108,6 +117,8 @@ class AsyncLLM:
     def check_capacity(self) -> None:
         """Raise CapacityError or UnavailableError when a request cannot be taken now."""
         self._check_open()
+        if self._draining:
+            raise UnavailableError("the server is shutting down", retry_after=1.0)
         _ = self.info  # refuses while loading
         if self.num_in_flight >= self._max_in_flight:
             waves = self.num_in_flight / self._max_num_seqs
@@ -120,7 +131,7 @@ class AsyncLLM:
     def _check_open(self) -> None:
         if self._death is not None:
             raise EngineDeadError("the engine is not running", retry_after=5.0)
-        if self._draining:
+        if self._closed:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
 
     # -- one request ---------------------------------------------------------------------------------------------

@@ -331,6 +331,20 @@ def test_sigterm_lets_a_running_stream_finish(tiny_checkpoint: Path, tmp_path: P
         assert time.monotonic() - started < 20
 
 
+def test_a_stream_that_outlasts_the_drain_ends_with_an_error_event(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with running_server(tiny_checkpoint, tmp_path / "log", *SMALL, "--shutdown-timeout", "0.5") as server:
+        body = {"messages": [user("Go")], "max_tokens": 1900, "ignore_eos": True, "stream": True, "temperature": 0}
+        with httpx.stream("POST", f"{server.base_url}/v1/chat/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.process.terminate()
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        error = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert error["code"] == "server_shutting_down"
+        assert server.process.wait(20) == 0
+
+
 def test_a_config_json_alone_is_enough_for_dummy_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "only config"
     folder.mkdir()
