@@ -7,12 +7,12 @@ PORT   ?= 8000
 CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
 
-.PHONY: serve test check format bench clean
+.PHONY: help serve test check format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
-	@echo "make test | make check | make format | make bench"
+	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/idefics2-server bench --base-url http://127.0.0.1:$(PORT) $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check server tests

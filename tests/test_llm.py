@@ -363,6 +363,29 @@ def test_requests_in_preparation_count() -> None:
     run(Server(max_num_seqs=1, max_num_queued_reqs=1), scenario)
 
 
+@pytest.mark.xfail(strict=True, reason="whoever has passed the first check is in, however many came between")
+def test_capacity_holds_although_bodies_take_time_to_arrive() -> None:
+    """All look at an empty server, then read their bodies, and only then are they prepared."""
+
+    async def scenario(server: Server) -> None:
+        assert isinstance(server.executor, GatedExecutor)
+
+        async def one_request() -> None:
+            server.llm.check_capacity()
+            await asyncio.sleep(0.01)
+            await drain(server.llm.generate(await server.llm.prepare(CHAT)))
+
+        tasks = [asyncio.ensure_future(one_request()) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        in_flight = server.llm.num_in_flight
+        server.executor.gate.release(10_000)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert in_flight == 3
+        assert sum(isinstance(result, CapacityError) for result in results) == 17
+
+    run(Server(executor=GatedExecutor(), max_num_seqs=1, max_num_queued_reqs=2), scenario)
+
+
 def test_preparing_asks_for_the_engines_own_context() -> None:
     async def scenario(server: Server) -> None:
         await server.llm.prepare(CHAT)
@@ -440,6 +463,42 @@ def test_a_request_that_was_in_preparation_when_the_server_closed_ends() -> None
                 await late[0]
 
     run(Server(), scenario)
+
+
+def test_a_server_that_drains_finishes_what_it_has_and_takes_nothing_new() -> None:
+    async def scenario(server: Server) -> None:
+        assert isinstance(server.executor, GatedExecutor)
+        accepted = await server.llm.prepare(CHAT)
+        running = make_request(8, max_tokens=5)
+        task = asyncio.ensure_future(collect(server.llm, running))
+        await server.until_entered()
+        server.llm.drain()
+        assert not server.llm.is_ready
+        assert server.llm.is_alive
+        with pytest.raises(UnavailableError, match="shutting down"):
+            server.llm.check_capacity()
+        server.executor.gate.release(1000)
+        assert "".join(output.text for output in await task) == words(running)
+        assert (await collect(server.llm, accepted))[-1].finish_reason is FinishReason.LENGTH
+
+    run(Server(executor=GatedExecutor()), scenario)
+
+
+def test_a_server_that_ends_all_fails_what_is_open_and_frees_the_engine() -> None:
+    async def scenario(server: Server) -> None:
+        assert isinstance(server.executor, GatedExecutor)
+        task = asyncio.ensure_future(collect(server.llm, make_request(8, max_tokens=100)))
+        await server.until_entered()
+        server.llm.end_all()
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await task
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await collect(server.llm, make_request(8))
+        server.executor.gate.release(1000)
+        await server.until_idle()
+        assert len(server.executor.steps) < 50
+
+    run(Server(executor=GatedExecutor()), scenario)
 
 
 # -- failures -------------------------------------------------------------------------------------------------------

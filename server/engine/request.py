@@ -6,6 +6,7 @@ Knows nothing of text, pixels or devices; whoever takes a block or a slot for it
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 
 from server.types import EngineRequest, FinishReason
 
@@ -45,6 +46,8 @@ class Request:
     )
 
     def __init__(self, source: EngineRequest, order: int) -> None:
+        """Raises ValueError unless each tile has a place of its own in the prompt."""
+        _check_placeholders(source)
         self.source = source
         self.order = order
         self.token_ids: list[int] = list(source.prompt_token_ids)
@@ -84,6 +87,14 @@ class Request:
         """Smaller runs earlier and is preempted later."""
         return (self.source.priority, self.order)
 
+    def tiles_between(self, start: int, end: int) -> Iterator[int]:
+        """Indices of the tiles with a row in the tokens [start, end)."""
+        for index, placeholder in enumerate(self.source.placeholders):
+            if placeholder.offset >= end:
+                return
+            if placeholder.end > start:
+                yield index
+
     def append(self, token_id: int) -> None:
         """Take a sampled token and decide whether it is the last."""
         self.token_ids.append(token_id)
@@ -98,3 +109,16 @@ class Request:
     def stop_token_id(self) -> int | None:
         """The id that ended the answer, if one did."""
         return self.token_ids[-1] if self.finish_reason is FinishReason.STOP else None
+
+
+def _check_placeholders(source: EngineRequest) -> None:
+    """Raise ValueError unless each tile has a place of its own in the prompt, in order."""
+    if len(source.tiles) != len(source.placeholders):
+        raise ValueError(f"{len(source.tiles)} tiles do not fit {len(source.placeholders)} placeholders")
+    end = 0
+    for placeholder in source.placeholders:
+        if placeholder.length < 1 or placeholder.offset < end:
+            raise ValueError("placeholders must ascend and not overlap")
+        end = placeholder.end
+    if end > len(source.prompt_token_ids):
+        raise ValueError(f"placeholders up to {end} do not fit {len(source.prompt_token_ids)} prompt tokens")

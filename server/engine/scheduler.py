@@ -85,7 +85,6 @@ class Scheduler:
                 f"{len(source.prompt_token_ids)} prompt and {source.max_tokens} output tokens do not fit "
                 f"a context of {self.limits.max_model_len}"
             )
-        _check_placeholders(source)
         request = Request(source, self._num_added)
         self._num_added += 1
         self._requests[source.request_id] = request
@@ -190,7 +189,7 @@ class Scheduler:
         tiles_left = step.tiles_left
         available = self.encoder.num_available
         seen: set[bytes] = set()
-        for index in _tiles_between(request, start, start + num_tokens):
+        for index in request.tiles_between(start, start + num_tokens):
             key = request.source.tiles[index].key
             if index in request.tile_slots or key in seen or self.encoder.is_pinned(key):
                 continue
@@ -205,7 +204,7 @@ class Scheduler:
     def _plan(self, step: _Step, request: Request, num_tokens: int, blocks: list[int], *, resumed: bool) -> None:
         """Enter a chunk whose blocks are taken: pin its tiles and charge the budgets."""
         start = request.num_computed_tokens
-        touched = list(_tiles_between(request, start, start + num_tokens))
+        touched = list(request.tiles_between(start, start + num_tokens))
         # Tiles that are there first, lest a new one takes the slot of one that this very chunk needs.
         for index in sorted(touched, key=lambda index: request.source.tiles[index].key not in self.encoder):
             if index not in request.tile_slots:
@@ -400,25 +399,3 @@ _COUNTED = (
     "tile_hits",
     "num_encoded_tiles",
 )
-
-
-def _check_placeholders(source: EngineRequest) -> None:
-    """Raise ValueError unless each tile has a place of its own in the prompt, in order."""
-    if len(source.tiles) != len(source.placeholders):
-        raise ValueError(f"{len(source.tiles)} tiles do not fit {len(source.placeholders)} placeholders")
-    end = 0
-    for placeholder in source.placeholders:
-        if placeholder.length < 1 or placeholder.offset < end:
-            raise ValueError("placeholders must ascend and not overlap")
-        end = placeholder.end
-    if end > len(source.prompt_token_ids):
-        raise ValueError(f"placeholders up to {end} do not fit {len(source.prompt_token_ids)} prompt tokens")
-
-
-def _tiles_between(request: Request, start: int, end: int) -> Iterable[int]:
-    """Indices of the tiles with a row in the tokens [start, end)."""
-    for index, placeholder in enumerate(request.source.placeholders):
-        if placeholder.offset >= end:
-            return
-        if placeholder.end > start:
-            yield index

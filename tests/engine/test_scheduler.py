@@ -8,7 +8,7 @@ import pytest
 
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.types import EngineRequest, FinishReason, StepStats
+from server.types import EngineRequest, FinishReason, PlaceholderRange, StepStats
 from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_scheduler, make_tile
 
 
@@ -349,7 +349,7 @@ def test_a_step_that_preempts_starts_nobody_and_gives_its_tokens_to_others() -> 
     scheduler.add(urgent)
     for _ in range(2):
         step(scheduler, executor)
-    behind = make_request(4, max_tokens=1, priority=9)
+    behind = make_request(4, max_tokens=1)  # before the preempted one in the queue, and there is room for it
     scheduler.add(behind)
     assert plan_of(scheduler, executor) == {urgent.request_id: 3}
     assert scheduler.take_stats().num_preemptions == 1
@@ -357,6 +357,62 @@ def test_a_step_that_preempts_starts_nobody_and_gives_its_tokens_to_others() -> 
     assert executor.steps[-1].new_requests == []
     assert not any(item.resumed for item in executor.steps[-1].scheduled)
     assert set(run(scheduler, executor)) == {pictured.request_id, urgent.request_id, behind.request_id}
+
+
+# Found by random search: (step of arrival, words, tiles, priority, max_tokens). With one slot, a running request's tile
+# is planned, the request is preempted for another, and the slot goes to a third one's tile, all in one step.
+SLOT_CHANGES_HANDS = [
+    (0, 1, "bi", 10, 6),
+    (3, 1, "", 10, 5),
+    (4, 4, "j", 9, 4),
+    (4, 5, "dji", 9, 1),
+    (6, 2, "ild", 8, 4),
+    (8, 9, "b", 7, 3),
+    (9, 3, "eidb", 7, 2),
+    (14, 11, "b", 6, 1),
+    (14, 1, "df", 6, 1),
+]
+
+
+def test_a_slot_that_a_preemption_freed_goes_to_one_tile_only() -> None:
+    limits = {"num_blocks": 16, "max_model_len": 40, "num_tile_slots": 1, "max_num_batched_tiles": 3}
+    scheduler = make_scheduler(max_num_seqs=6, max_num_batched_tokens=16, enable_prefix_caching=False, **limits)
+    executor, preemptions = FakeExecutor(), 0
+    requests = [
+        make_request(words, tiles=tiles, priority=priority, max_tokens=max_tokens)
+        for _, words, tiles, priority, max_tokens in SLOT_CHANGES_HANDS
+    ]
+    answers: dict[str, list[int]] = {}
+    for index in range(15):
+        for request, arrival in zip(requests, SLOT_CHANGES_HANDS, strict=True):
+            if arrival[0] == index:
+                scheduler.add(request)
+        for request_id, tokens in step(scheduler, executor).items():
+            answers.setdefault(request_id, []).extend(tokens)
+        preemptions += scheduler.take_stats().num_preemptions
+    for request_id, tokens in run(scheduler, executor).items():
+        answers.setdefault(request_id, []).extend(tokens)
+    assert preemptions
+    assert answers == {request.request_id: expected_answer(request) for request in requests}
+
+
+def test_tokens_of_a_preempted_request_go_to_those_behind_it() -> None:
+    """A step uses its whole budget while a prompt has tokens left, also where a planned decode is preempted."""
+    limits = {"num_blocks": 13, "max_model_len": 48, "max_num_batched_tokens": 4}
+    scheduler, executor = make_scheduler(max_num_seqs=3, enable_prefix_caching=False, **limits), FakeExecutor()
+    victim = make_request(22, max_tokens=15, priority=5)
+    scheduler.add(victim)
+    for _ in range(6):
+        step(scheduler, executor)
+    urgent = make_request(range(300, 304), max_tokens=15)
+    prompt = make_request(range(600, 616), max_tokens=1, priority=1)
+    scheduler.add(urgent)
+    scheduler.add(prompt)
+    for _ in range(6):
+        assert sum(plan_of(scheduler, executor).values()) == 4
+    assert scheduler.take_stats().num_preemptions == 0
+    assert plan_of(scheduler, executor) == {urgent.request_id: 1, prompt.request_id: 3}
+    assert scheduler.take_stats().num_preemptions == 1
 
 
 def test_a_step_in_which_nothing_fits_any_more_is_not_overfull() -> None:
@@ -601,3 +657,22 @@ def test_a_tile_that_breaks_while_its_request_is_preempted_is_not_reused() -> No
     executor.broken_tiles = set()
     answers = run(scheduler, executor)
     assert answers[pictured.request_id] == expected_answer(pictured)
+
+
+@pytest.mark.parametrize(
+    "places", [[(2, 4), (5, 4)], [(7, 4), (2, 4)], [(2, 4), (2, 4)], [(2, 0), (7, 4)], [(2, 4), (9, 4)], [(2, 4)]]
+)
+def test_tiles_that_have_no_place_of_their_own_are_refused(places: list[tuple[int, int]]) -> None:
+    whole = make_request(4, tiles=["a", "b"])  # rows 2 to 5 and 7 to 10, then FAKE and three texts: 15 ids
+    source = EngineRequest(
+        request_id="r",
+        prompt_token_ids=whole.prompt_token_ids[:12],
+        sampling=whole.sampling,
+        eos_token_ids=(),
+        tiles=whole.tiles,
+        placeholders=tuple(PlaceholderRange(*place) for place in places),
+    )
+    scheduler = make_scheduler()
+    with pytest.raises(ValueError, match=r"placeholders|tiles"):
+        scheduler.add(source)
+    assert not scheduler.has_work

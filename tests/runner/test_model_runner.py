@@ -218,6 +218,7 @@ def test_a_bad_tile_fails_those_who_need_it_in_this_step(bench: Bench, caplog: p
     tile_work = [TileToEncode("good", 0, 0), TileToEncode("bad", 0, 1)]
     result = bench.execute(scheduled, new=[*pictured.values(), words], tiles=tile_work)
     assert set(result.failed) == {"bad", "shares"}
+    assert result.failed_slots == {1}
     assert set(result.sampled) == {"good", "words"}
     bench.logits.clear()
     alone = bench.prefill(make_new(ids, request_id="alone", placeholders=tuple(prompt.placeholders)), [], {0: 0})
