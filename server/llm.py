@@ -137,7 +137,11 @@ class AsyncLLM:
     # -- one request ---------------------------------------------------------------------------------------------
 
     async def prepare(self, chat: ChatInput) -> EngineRequest:
-        """Template, limits, tokens and pictures. Raises ClientError; nothing has reached the engine yet."""
+        """Template, limits, tokens and pictures; nothing has reached the engine yet.
+
+        Raises ClientError, or CapacityError when others were faster: a body takes its time after the first check.
+        """
+        self.check_capacity()
         self._preparing += 1
         try:
             return await self._inputs.process(chat, max_model_len=self.info.max_model_len)

@@ -363,7 +363,6 @@ def test_requests_in_preparation_count() -> None:
     run(Server(max_num_seqs=1, max_num_queued_reqs=1), scenario)
 
 
-@pytest.mark.xfail(strict=True, reason="whoever has passed the first check is in, however many came between")
 def test_capacity_holds_although_bodies_take_time_to_arrive() -> None:
     """All look at an empty server, then read their bodies, and only then are they prepared."""
 

@@ -69,7 +69,7 @@ class RequestStream:
             shown = shown[:-1]
         text = self._detokenizer.push(shown)
         if self._num_generated <= sampling.min_tokens:
-            self._text.append(self._stop.flush() + text)
+            self._text.append(text)
             return
         found = self._stop.push(text)
         if isinstance(found, StopMatch):
