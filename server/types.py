@@ -38,11 +38,25 @@ class Turn(msgspec.Struct, frozen=True):
     parts: tuple[TextPart | ImageInput, ...]
 
 
+class GrammarSpec(msgspec.Struct, frozen=True):
+    """What an answer must match, in a client's words.
+
+    `source` is a JSON schema as JSON text, a regular expression, a JSON array of strings of which the answer is one,
+    or a grammar in Lark's or GBNF's notation. `param` is the path of the field in the request body, for error messages.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    source: str
+    param: str = "structured_outputs"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when to stop. Ranges are checked at the API's edge.
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. `max_tokens` None means as many as
-    the context allows; the input processor fills it in.
+    the context allows; the input processor fills it in. `num_logprobs` is how many alternatives to tell beside each
+    token of the answer, and `num_prompt_logprobs` beside each token of the prompt; None tells nothing, 0 only the
+    token itself. A `grammar` ends the answer when nothing more may follow, whatever `min_tokens` and `ignore_eos` say.
     """
 
     max_tokens: int | None = None
@@ -61,16 +75,52 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
+
+
+class Truncation(msgspec.Struct, frozen=True):
+    """Keep at most `max_tokens` ids of a prompt; None: as many as the context holds. The `side` is what is cut off."""
+
+    max_tokens: int | None
+    side: Literal["left", "right"] = "left"
 
 
 class ChatInput(msgspec.Struct, frozen=True, kw_only=True):
-    """A validated conversation, before templates, tokens and pixels."""
+    """A validated conversation, before templates, tokens and pixels.
+
+    `n` answers are wanted. With `continue_final_message` the last turn, an assistant's, is left open for the answer
+    to go on; without that, `add_generation_prompt` opens a turn of its own.
+    """
 
     request_id: str
     turns: tuple[Turn, ...]
     sampling: SamplingParams
+    n: int = 1
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    truncation: Truncation | None = None
     priority: int = 0
     cache_salt: str = ""
+
+
+class PromptInput(msgspec.Struct, frozen=True, kw_only=True):
+    """A validated prompt without roles or pictures: text, or ids that the client has made itself.
+
+    `add_special_tokens` puts what the tokenizer puts before a text (BOS); ids are taken as they are. `param` is the
+    path of the field in the request body, for error messages.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    n: int = 1
+    add_special_tokens: bool = True
+    truncation: Truncation | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    param: str = "prompt"
 
 
 class ImageSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +162,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     """What the engine is asked to do. Crosses the process boundary.
 
     `placeholders[i]` is where `tiles[i]` goes; ranges ascend and do not overlap. Lower `priority` runs first.
-    `arrival_time` is `time.monotonic()` at the API, comparable between processes of one machine.
+    `arrival_time` is `time.monotonic()` at the API, comparable between processes of one machine. With `n` above 1 the
+    prompt is computed once and its blocks are shared; each answer has an id of its own. `continues_text` says that the
+    answer goes on in the middle of a text, where a space at its start means something.
     """
 
     request_id: str
@@ -124,6 +176,14 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     priority: int = 0
     cache_salt: str = ""
     arrival_time: float = 0.0
+    n: int = 1
+    continues_text: bool = False
+
+    @property
+    def choice_ids(self) -> tuple[str, ...]:
+        """The engine's ids of the answers that are computed: `n`, or one where all would be equal."""
+        count = 1 if self.sampling.temperature == 0 else self.n
+        return (self.request_id, *(f"{self.request_id}/{index}" for index in range(1, count)))
 
     @property
     def max_tokens(self) -> int:
@@ -146,11 +206,24 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """A token, the model's own log-probability of it (before temperature, penalties and masks), and the likeliest ones.
+
+    `top` descends; the token itself may not be in it.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step made for one request.
+    """What one step made for one answer, under the answer's own id.
 
     `stop_token_id` is the id that ended it (EOS or one of `stop_token_ids`), which is also the last of
-    `new_token_ids`. `queue_seconds` is set on the first output only.
+    `new_token_ids`. `queue_seconds` is set on the first output with a token only. `logprobs` has an entry for each
+    new token, if asked for. `prompt_logprobs` are those of the prompt's second token and on, in order, as they are
+    computed; an output may have nothing else.
     """
 
     request_id: str
@@ -159,6 +232,9 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     queue_seconds: float | None = None
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
     error: str | None = None
 
 
@@ -192,7 +268,7 @@ class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Token counts of a request so far. `image_tokens` are latents only: 64 or 320 a picture."""
+    """Token counts so far, over all answers of a response. `image_tokens` are latents only: 64 or 320 a picture."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -200,15 +276,36 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     image_tokens: int
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """Text since the last output. `text` may be empty only when `finish_reason` is set.
+class Logprob(msgspec.Struct, frozen=True):
+    """A token as a client sees it.
 
-    `stop_reason` is the stop string or stop token id that ended the answer, None for EOS and length.
+    `data` is what it adds to the answer, byte for byte: half a character, or nothing where it is a special token that
+    is not shown. `token` is the same as text, with U+FFFD for broken characters, or the special token's name.
+    """
+
+    token_id: int
+    token: str
+    data: bytes
+    logprob: float
+    top: tuple[Logprob, ...] = ()
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one answer since its last output. `text` may be empty only when `finish_reason` is set.
+
+    `index` counts the answers of a response: those of its first prompt, then those of its second. `usage` is the whole
+    response's. `stop_reason` is the stop string or stop token id that ended the answer, None for EOS and length.
+    `logprobs` has an entry for each of `token_ids`, if asked for. `prompt_token_ids` and `prompt_logprobs` (for the
+    prompt's second token and on) come with the first output of an answer.
     """
 
     request_id: str
+    index: int = 0
     text: str
     token_ids: list[int]
     usage: Usage
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    logprobs: list[Logprob] = msgspec.field(default_factory=list)
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[Logprob] | None = None

@@ -14,31 +14,27 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.body import read_json_object, require_json
-from server.api.disconnect import close, unless_disconnected
-from server.api.errors import invalid_value
-from server.api.models import check_model
-from server.api.protocol import (
+from server.api.chat_protocol import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionRequest,
-    CompletionUsage,
-    finish_reason_name,
     parse_chat_request,
 )
+from server.api.disconnect import close, unless_disconnected
+from server.api.models import check_model
+from server.api.protocol import CompletionUsage, finish_reason_name
+from server.api.sampling import to_sampling_params
 from server.api.schemas import chat_example, request_body
 from server.api.streaming import ChatEventResponse, ChunkEncoder
 from server.errors import RequestFailedError
-from server.types import ChatInput, RequestOutput, SamplingParams
+from server.types import ChatInput, RequestOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from server.config import ServerConfig
     from server.llm import AsyncLLM
-
-# Below this, logits divided by the temperature overflow; what is left of chance there is nothing.
-MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True)
@@ -102,31 +98,7 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
 
 def to_chat_input(request: ChatCompletionRequest, *, request_id: str, vocab_size: int) -> ChatInput:
     """The request as the rest of the server knows it. Raises ClientError for token ids that do not exist."""
-    if any(token_id >= vocab_size for token_id in request.logit_bias):
-        raise invalid_value("logit_bias", f"must have token ids below {vocab_size}")
-    for index, token_id in enumerate(request.stop_token_ids):
-        if token_id >= vocab_size:
-            raise invalid_value(f"stop_token_ids[{index}]", f"must be a token id below {vocab_size}, not {token_id}")
-    # OpenAI allows a nucleus of nothing, which can only mean the likeliest token.
-    top_1 = request.top_p == 0
-    sampling = SamplingParams(
-        max_tokens=request.output_cap,
-        min_tokens=request.output_floor,
-        temperature=max(request.temperature, MIN_TEMPERATURE) if request.temperature else 0.0,
-        top_p=1.0 if top_1 else request.top_p,
-        top_k=1 if top_1 else max(request.top_k, 0),
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=request.logit_bias,
-        seed=None if request.seed == -1 else request.seed,
-        ignore_eos=request.ignore_eos,
-        stop_token_ids=tuple(request.stop_token_ids),
-        stop=request.stop,
-        include_stop_str_in_output=request.include_stop_str_in_output,
-        skip_special_tokens=request.skip_special_tokens,
-    )
+    sampling = to_sampling_params(request, max_tokens=request.output_cap, vocab_size=vocab_size)
     return ChatInput(
         request_id=request_id,
         turns=request.messages,
