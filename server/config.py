@@ -74,6 +74,12 @@ class ServerConfig(BaseModel):
     )
     max_body_mb: float = Field(32.0, gt=0, le=1024, description="Largest request body in MiB.")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, description="Silence after which a stream gets a comment.")
+    inject_tools: bool = Field(
+        False, description="Describe a request's tools to the model, as text before the conversation."
+    )
+    metrics_compat: Literal["vllm", "none"] = Field(
+        "vllm", description="Also report under the metric names that vLLM's dashboards and autoscalers read."
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, le=3600, description="Seconds that running requests get to finish after SIGTERM."
     )

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from server.config import ServerConfig
 from server.engine.client import EngineClient
@@ -18,7 +18,7 @@ from server.errors import CapacityError, EngineDeadError, UnavailableError
 from server.inputs.processor import InputProcessor
 from server.observability.metrics import ServerMetrics
 from server.outputs.processor import OutputProcessor
-from server.types import ChatInput, EngineOutputs, EngineRequest, RequestOutput
+from server.types import ChatInput, EngineOutputs, EngineRequest, PromptInput, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -136,44 +136,66 @@ class AsyncLLM:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def prepare(self, chat: ChatInput) -> EngineRequest:
-        """Template, limits, tokens and pictures; nothing has reached the engine yet.
+    async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:
+        """Template, limits, tokens, grammar and pictures; nothing has reached the engine yet.
 
         Raises ClientError, or CapacityError when others were faster: a body takes its time after the first check.
         """
         self.check_capacity()
         self._preparing += 1
         try:
-            return await self._inputs.process(chat, max_model_len=self.info.max_model_len)
+            return await self._inputs.process(item, max_model_len=self.info.max_model_len)
         finally:
             self._preparing -= 1
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
-        """Outputs of one request until its finish_reason. Raises ServerError when the engine fails it."""
-        self._check_open()  # much may have happened while the request was prepared
+    async def generate(self, *requests: EngineRequest) -> AsyncIterator[RequestOutput]:
+        """Outputs of all answers to these requests, as they come, until each has had its finish_reason.
+
+        Raises ServerError when the engine fails one of them.
+        """
+        self._check_open()  # much may have happened while the requests were prepared
         wake = asyncio.Event()
-        stream = self._outputs.open(request, wake.set)
+        response = self._outputs.open(requests, wake.set)
         try:
-            self._client.submit(request)
-            while True:
-                output = stream.take()
+            for request in requests:
+                self._client.submit(request)
+            while not response.is_finished:
+                output = response.take()
                 if output is None:
                     await wake.wait()
                     wake.clear()
                     continue
                 yield output
-                if output.finish_reason is not None:
-                    self._recent_seconds += 0.1 * (time.monotonic() - request.arrival_time - self._recent_seconds)
-                    return
+            arrival = min(request.arrival_time for request in requests)
+            self._recent_seconds += 0.1 * (time.monotonic() - arrival - self._recent_seconds)
         finally:
-            stream.abandon()
-            self._outputs.close(request.request_id)
-            if not stream.engine_finished:
-                self._abort([request.request_id])
+            unfinished = self._outputs.close(response)
+            if unfinished:
+                self._abort(unfinished)
 
     def _abort(self, request_ids: list[str]) -> None:
         with contextlib.suppress(EngineDeadError):  # then nothing is left to abort in
             self._client.submit(AbortRequests(request_ids))
+
+    # -- words and ids -------------------------------------------------------------------------------------------
+
+    async def tokenize(self, item: ChatInput | PromptInput) -> list[int]:
+        """The ids that `prepare` would make, pictures' placeholders included. Loads no picture. Raises ClientError."""
+        return (await self._inputs.encode_input(item, max_model_len=self.info.max_model_len)).token_ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names."""
+        return self._inputs.tokenizer.decode(token_ids)
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each id's piece of the vocabulary."""
+        return self._inputs.tokenizer.token_strings(token_ids)
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Ids that stand for pictures, which no client may write."""
+        tokenizer = self._inputs.tokenizer
+        return (tokenizer.fake_token_id, tokenizer.image_token_id)
 
     # -- from the engine -----------------------------------------------------------------------------------------
 

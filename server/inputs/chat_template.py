@@ -78,16 +78,21 @@ class ChatTemplate:
         if printed != 1:
             raise CheckpointError(f"the chat template prints {printed} and not one image token for one picture")
 
-    def render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = True) -> list[Segment]:
+    def render(
+        self, turns: Sequence[Turn], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> list[Segment]:
         """Segments of a conversation; neighbouring texts are joined, empty ones dropped.
 
-        Raises ClientError for a conversation that the template refuses or cannot take.
+        With `continue_final_message` they end with the last turn's text, which must be its last part. Raises
+        ClientError for a conversation that the template refuses or cannot take.
         """
         texts: list[str] = []
         messages = [{"role": turn.role, "content": _mark(turn, texts)} for turn in turns]
         try:
             rendered = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._constants
+                messages=messages,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                **self._constants,
             )
         except jinja2.TemplateError as error:
             raise ClientError(f"the model's chat template failed: {error}", param="messages") from None
@@ -95,6 +100,8 @@ class ChatTemplate:
             raise ClientError(
                 f"the model's chat template failed on these messages: {type(error).__name__}", param="messages"
             ) from None
+        if continue_final_message:
+            rendered = _leave_open(rendered, texts)
         segments: list[Segment] = []
         run: list[str] = []
         for index, piece in enumerate(self._cut.split(rendered)):
@@ -146,6 +153,18 @@ def _mark(turn: Turn, texts: list[str]) -> list[dict[str, str]]:
             content.append({"type": "text", "text": f"{_OPEN}{len(texts)}{_CLOSE}"})
             texts.append(part.text)
     return content
+
+
+def _leave_open(rendered: str, texts: Sequence[str]) -> str:
+    """A rendered conversation up to the end of its last text.
+
+    An empty one leaves the turn as a generation prompt does: without the space that would come before words.
+    """
+    marker = f"{_OPEN}{len(texts) - 1}{_CLOSE}"
+    start = rendered.rfind(marker)
+    if not texts or start < 0:
+        raise ClientError("the model's chat template does not print the last message", param="messages")
+    return rendered[: start + len(marker)] if texts[-1] else rendered[:start].rstrip(" ")
 
 
 def _flush(run: list[str], segments: list[Segment]) -> None:

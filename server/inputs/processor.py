@@ -7,11 +7,13 @@ is refused before anything is downloaded or decoded.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import re
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -20,7 +22,7 @@ from server.inputs.chat_template import ChatTemplate, ImageSegment, SpecialSegme
 from server.inputs.images import ImageLoader
 from server.inputs.placeholders import PromptIds
 from server.inputs.tokenizer import Tokenizer
-from server.types import ChatInput, EngineRequest, ImageInput, TextPart, Turn
+from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, TextPart, Truncation, Turn
 
 # Encoding this much text takes about a millisecond; more of it goes to a thread.
 INLINE_CHARACTERS = 4096
@@ -38,6 +40,7 @@ class InputProcessor:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         images: ImageLoader,
+        grammars: Any = None,
         rows_per_tile: int,
         eos_token_ids: tuple[int, ...],
         max_images: int,
@@ -45,6 +48,7 @@ class InputProcessor:
         self.tokenizer = tokenizer
         self._template = template
         self._images = images
+        self._grammars = grammars
         self._rows_per_tile = rows_per_tile
         self._eos_token_ids = eos_token_ids
         self._max_images = max_images
@@ -56,54 +60,91 @@ class InputProcessor:
     async def close(self) -> None:
         await self._images.close()
 
-    async def process(self, chat: ChatInput, *, max_model_len: int) -> EngineRequest:
-        """Check, encode and load one conversation for an engine whose context is `max_model_len` tokens."""
-        images = [part for turn in chat.turns for part in turn.parts if isinstance(part, ImageInput)]
+    async def process(self, item: ChatInput | PromptInput, *, max_model_len: int) -> EngineRequest:
+        """Check, encode and load one conversation or prompt for an engine whose context is `max_model_len` tokens."""
+        arrival_time = time.monotonic()
+        prompt = await self.encode_input(item, max_model_len=max_model_len)
+        sampling = item.sampling
+        if item.truncation is not None:
+            prompt = _truncate(prompt, item.truncation, room=max_model_len - (sampling.max_tokens or 1))
+        num_tokens = len(prompt.token_ids)
+        _check_length(num_tokens, max_model_len, param=_param(item))
+        if sampling.grammar is not None:
+            await asyncio.to_thread(self._grammars.compile, sampling.grammar)
+        tiles = [tile for loaded in await self._images.load(_images(item)) for tile in loaded]
+        room = max_model_len - num_tokens
+        return EngineRequest(
+            # A client may choose its id twice; the engine's own is never the same.
+            request_id=f"{item.request_id}-{next(self._counter)}",
+            prompt_token_ids=prompt.token_ids,
+            sampling=msgspec.structs.replace(
+                sampling,
+                max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            ),
+            eos_token_ids=self._eos_token_ids,
+            tiles=tuple(tiles),
+            placeholders=tuple(prompt.placeholders),
+            priority=item.priority,
+            cache_salt=item.cache_salt,
+            arrival_time=arrival_time,
+            n=item.n,
+            continues_text=_continues_text(item),
+        )
+
+    async def encode_input(self, item: ChatInput | PromptInput, *, max_model_len: int) -> PromptIds:
+        """Ids and placeholders of what a client sent. Raises ClientError also for a text that cannot fit, unread."""
+        images = _images(item)
         if len(images) > self._max_images:
             raise ClientError(
                 f"a request may hold {self._max_images} images, this one holds {len(images)}",
                 param="messages",
                 code="too_many_images",
             )
-        arrival_time = time.monotonic()
-        num_characters = sum(len(part.text) for turn in chat.turns for part in turn.parts if isinstance(part, TextPart))
-        _check_length(self.tokenizer.min_tokens(num_characters), max_model_len, at_least=True)
+        num_characters = _num_characters(item)
+        at_least = self.tokenizer.min_tokens(num_characters)
+        _check_length(at_least, max_model_len, param=_param(item), is_lower_bound=True)
         if num_characters <= INLINE_CHARACTERS:
-            prompt = self.encode(chat.turns)
-        else:
-            prompt = await asyncio.to_thread(self.encode, chat.turns)
-        num_tokens = len(prompt.token_ids)
-        _check_length(num_tokens, max_model_len)
-        tiles = [tile for loaded in await self._images.load(images) for tile in loaded]
-        room = max_model_len - num_tokens
-        wanted = chat.sampling.max_tokens
-        seed = chat.sampling.seed
-        return EngineRequest(
-            # A client may choose its id twice; the engine's own is never the same.
-            request_id=f"{chat.request_id}-{next(self._counter)}",
-            prompt_token_ids=prompt.token_ids,
-            sampling=msgspec.structs.replace(
-                chat.sampling,
-                max_tokens=room if wanted is None else min(wanted, room),
-                seed=secrets.randbits(63) if seed is None else seed,
-            ),
-            eos_token_ids=self._eos_token_ids,
-            tiles=tuple(tiles),
-            placeholders=tuple(prompt.placeholders),
-            priority=chat.priority,
-            cache_salt=chat.cache_salt,
-            arrival_time=arrival_time,
+            return self._encode_item(item)
+        return await asyncio.to_thread(self._encode_item, item)
+
+    def _encode_item(self, item: ChatInput | PromptInput) -> PromptIds:
+        if isinstance(item, PromptInput):
+            return self._encode_prompt(item)
+        return self.encode(
+            item.turns,
+            add_generation_prompt=item.add_generation_prompt,
+            continue_final_message=item.continue_final_message,
         )
 
-    def encode(self, turns: Sequence[Turn]) -> PromptIds:
-        """Token ids and tile placeholders of a conversation."""
-        prompt = PromptIds(
+    def _encode_prompt(self, item: PromptInput) -> PromptIds:
+        prompt = self._empty_prompt()
+        if isinstance(item.prompt, str):
+            if item.add_special_tokens:
+                prompt.add_ids(list(self.tokenizer.bos_token_ids))
+            prompt.add_ids(self.tokenizer.encode(item.prompt, first=True))
+        else:
+            prompt.add_ids(list(item.prompt))
+        if not prompt.token_ids:
+            raise ClientError(f"'{item.param}' must not be empty", param=item.param)
+        return prompt
+
+    def _empty_prompt(self) -> PromptIds:
+        return PromptIds(
             fake_token_id=self.tokenizer.fake_token_id,
             image_token_id=self.tokenizer.image_token_id,
             rows_per_tile=self._rows_per_tile,
         )
+
+    def encode(
+        self, turns: Sequence[Turn], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> PromptIds:
+        """Token ids and tile placeholders of a conversation."""
+        prompt = self._empty_prompt()
         images = [part for turn in turns for part in turn.parts if isinstance(part, ImageInput)]
-        segments = self._template.render(turns)
+        segments = self._template.render(
+            turns, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
         printed = segments.count(ImageSegment())
         if not segments or printed != len(images):
             raise ClientError(
@@ -128,12 +169,53 @@ class InputProcessor:
         return prompt
 
 
-def _check_length(num_tokens: int, max_model_len: int, *, at_least: bool = False) -> None:
+def _images(item: ChatInput | PromptInput) -> list[ImageInput]:
+    if isinstance(item, PromptInput):
+        return []
+    return [part for turn in item.turns for part in turn.parts if isinstance(part, ImageInput)]
+
+
+def _num_characters(item: ChatInput | PromptInput) -> int:
+    """Characters that have to be encoded."""
+    if isinstance(item, PromptInput):
+        return len(item.prompt) if isinstance(item.prompt, str) else 0
+    return sum(len(part.text) for turn in item.turns for part in turn.parts if isinstance(part, TextPart))
+
+
+def _param(item: ChatInput | PromptInput) -> str:
+    return item.param if isinstance(item, PromptInput) else "messages"
+
+
+def _continues_text(item: ChatInput | PromptInput) -> bool:
+    """Whether the answer's first character stands right behind a text's last one."""
+    if isinstance(item, PromptInput):
+        return len(item.prompt) > 0
+    if not item.continue_final_message:
+        return False
+    last = item.turns[-1].parts[-1]
+    return isinstance(last, TextPart) and last.text != ""
+
+
+def _truncate(prompt: PromptIds, truncation: Truncation, *, room: int) -> PromptIds:
+    """A prompt's first or last ids. Raises ClientError for one with pictures, which cannot be cut through."""
+    if prompt.placeholders:
+        raise ClientError(
+            "'truncate_prompt_tokens' is not supported for prompts with images",
+            param="truncate_prompt_tokens",
+            code="unsupported_parameter",
+        )
+    limit = max(room, 1) if truncation.max_tokens is None else truncation.max_tokens
+    ids = prompt.token_ids
+    kept = ids[-limit:] if truncation.side == "left" else ids[:limit]
+    return dataclasses.replace(prompt, token_ids=kept)
+
+
+def _check_length(num_tokens: int, max_model_len: int, *, param: str, is_lower_bound: bool = False) -> None:
     """A prompt must leave room for one token of an answer."""
     if num_tokens >= max_model_len:
         raise ClientError(
-            f"this model's context is {max_model_len} tokens and an answer needs one of them; the messages take "
-            f"{'at least ' if at_least else ''}{num_tokens}",
-            param="messages",
+            f"this model's context is {max_model_len} tokens and an answer needs one of them; '{param}' takes "
+            f"{'at least ' if is_lower_bound else ''}{num_tokens}",
+            param=param,
             code="context_length_exceeded",
         )

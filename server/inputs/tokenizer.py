@@ -63,6 +63,15 @@ class Tokenizer:
         token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return token_ids
 
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names; ids beyond the vocabulary add nothing."""
+        text: str = self._next.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Vocabulary piece of each id; empty for ids that have none."""
+        return [self._pieces.get(token_id, "") for token_id in token_ids]
+
     def min_tokens(self, num_characters: int) -> int:
         """A lower bound on the ids of a text, known without encoding it."""
         return num_characters // self._longest_piece

@@ -45,15 +45,15 @@ def _piece_bytes(piece: str | None, is_special: bool) -> bytes:
 class Detokenizer:
     """Incremental decoding of one answer.
 
-    The first character is dropped when it is a space: pieces mark the space before a word, and an answer begins
-    right after a prompt that ends without one. Bytes that are not UTF-8 become U+FFFD.
+    At the start of a text its first character is dropped when it is a space: pieces mark the space before a word, and
+    an answer begins right after a prompt that ends without one. Bytes that are not UTF-8 become U+FFFD.
     """
 
-    def __init__(self, table: TokenTable, *, skip_special_tokens: bool) -> None:
+    def __init__(self, table: TokenTable, *, skip_special_tokens: bool, at_start: bool = True) -> None:
         self._table = table
         self._skip_special = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = True
+        self._at_start = at_start
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Text that these ids complete."""

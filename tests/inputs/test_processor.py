@@ -256,7 +256,7 @@ def test_a_text_that_cannot_fit_is_refused_without_encoding_it(
     chats = [make_chat(turn("a " * 2_500_000)), make_chat(*[turn("word " * 500) for _ in range(2000)])]
     for chat in chats:
         started = time.monotonic()
-        with pytest.raises(ClientError, match=r"context is 4096 tokens .* take at least") as caught:
+        with pytest.raises(ClientError, match=r"context is 4096 tokens .* takes at least") as caught:
             process(processor, chat)
         assert caught.value.code == "context_length_exceeded"
         assert time.monotonic() - started < 1
@@ -271,7 +271,7 @@ def test_a_prompt_must_leave_room_for_one_token(tokenizer: Tokenizer) -> None:
     length = len(processor.encode(chat.turns).token_ids)
     assert process(processor, chat, max_model_len=length + 1).max_tokens == 1
     images.loaded.clear()
-    with pytest.raises(ClientError, match=f"the messages take {length}$") as caught:
+    with pytest.raises(ClientError, match=f"'messages' takes {length}$") as caught:
         process(processor, chat, max_model_len=length)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     assert images.loaded == []
@@ -279,7 +279,7 @@ def test_a_prompt_must_leave_room_for_one_token(tokenizer: Tokenizer) -> None:
 
 def test_pictures_count_before_they_are_loaded(tokenizer: Tokenizer) -> None:
     images = FakeImages()
-    with pytest.raises(ClientError, match=r"the messages take 3\d\d$"):
+    with pytest.raises(ClientError, match=r"'messages' takes 3\d\d$"):
         process(make_processor(tokenizer, images), make_chat(turn(image("a", "high"))), max_model_len=326)
     assert images.loaded == []
 

@@ -7,7 +7,9 @@ import pytest
 from server.errors import EngineDeadError, RequestFailedError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
-from server.outputs.processor import OutputProcessor, RequestStream
+from server.outputs.processor import OutputProcessor
+from server.outputs.response import ResponseStream
+from server.outputs.stream import RequestStream
 from server.types import (
     EngineOutput,
     EngineOutputs,
@@ -357,10 +359,11 @@ class Streams:
         self.metrics = ServerMetrics("test")
         self.processor = OutputProcessor(TABLE, self.metrics)
         self.woken: list[str] = []
-        self.streams = {request.request_id: self._open(request) for request in requests}
+        self.responses = {request.request_id: self._open(request) for request in requests}
+        self.streams = {name: response.streams[name] for name, response in self.responses.items()}
 
-    def _open(self, request: EngineRequest) -> RequestStream:
-        return self.processor.open(request, lambda: self.woken.append(request.request_id))
+    def _open(self, request: EngineRequest) -> ResponseStream:
+        return self.processor.open([request], lambda: self.woken.append(request.request_id))
 
     def step(self, **tokens: tuple[str, FinishReason | None]) -> list[str]:
         outputs = [
@@ -394,8 +397,7 @@ def test_an_id_that_ended_in_the_engine_at_the_same_time_is_not_returned() -> No
 def test_closed_streams_are_forgotten() -> None:
     streams = Streams(make_request("a"), make_request("b"))
     assert len(streams.processor) == 2
-    streams.processor.close("a")
-    streams.processor.close("a")
+    assert streams.processor.close(streams.responses["a"]) == ["a"]
     assert len(streams.processor) == 1
     assert streams.step(a=("x", None)) == []
     assert streams.woken == []

@@ -1,0 +1,47 @@
+"""Log-probabilities as a client sees them: each token with the very bytes that it adds to the answer.
+
+Knows the vocabulary as bytes; knows nothing of wires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from server.outputs.detokenizer import TokenTable
+from server.types import Logprob, TokenLogprobs
+
+
+class LogprobWriter:
+    """Writes one answer's entries in order; the bytes of all of them are the bytes of its text.
+
+    `at_start` drops the space in front of the first word, as the detokenizer does.
+    """
+
+    def __init__(self, table: TokenTable, *, skip_special_tokens: bool, at_start: bool) -> None:
+        self._table = table
+        self._skip_special = skip_special_tokens
+        self._at_start = at_start
+
+    def write(self, entries: Iterable[TokenLogprobs]) -> list[Logprob]:
+        return [self._write_one(entry) for entry in entries]
+
+    def _write_one(self, entry: TokenLogprobs) -> Logprob:
+        top = tuple(self._describe(token_id, logprob) for token_id, logprob in entry.top)
+        written = self._describe(entry.token_id, entry.logprob, top)
+        if self._adds(entry.token_id):
+            self._at_start = False
+        return written
+
+    def _adds(self, token_id: int) -> bytes:
+        """The token's bytes, wherever it stands; none for a special token that is not shown."""
+        if self._skip_special and token_id in self._table.special_ids:
+            return b""
+        return self._table.get(token_id)
+
+    def _describe(self, token_id: int, logprob: float, top: tuple[Logprob, ...] = ()) -> Logprob:
+        data = self._adds(token_id)
+        if self._at_start:
+            data = data.removeprefix(b" ")
+        is_hidden = self._skip_special and token_id in self._table.special_ids
+        shown = self._table.get(token_id) if is_hidden else data
+        return Logprob(token_id, shown.decode("utf-8", errors="replace"), data, logprob, top)
