@@ -41,6 +41,7 @@ from server.observability.logs import configure_logging
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
+from server.runner.grammars import GrammarBank
 from server.runner.kv_cache import allocate_kv_cache, block_bytes
 from server.runner.memory import choose_context, kv_budget_bytes
 from server.runner.model_runner import ModelRunner
@@ -134,6 +135,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
             device=device,
         ),
         sampler=Sampler(model_config.suppressed_token_ids, device),
+        grammars=GrammarBank(None),  # type: ignore[arg-type]
         device=device,
     )
     limits = SchedulerLimits(

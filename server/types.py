@@ -217,11 +217,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class EngineOutput(msgspec.Struct, frozen=True, kw_only=True):
+class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one step made for one answer, under the answer's own id.
 
     `stop_token_id` is the id that ended it (EOS or one of `stop_token_ids`), which is also the last of
-    `new_token_ids`. `queue_seconds` is set on the first output with a token only. `logprobs` has an entry for each
+    `new_token_ids`. `queue_seconds` is set until the first token is out. `logprobs` has an entry for each
     new token, if asked for. `prompt_logprobs` are those of the prompt's second token and on, in order, as they are
     computed; an output may have nothing else.
     """

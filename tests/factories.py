@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput
-from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile
+from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile, TokenLogprobs
 
 IMAGE_ID, FAKE_ID = 32001, 32000
 _ids = itertools.count()
@@ -31,9 +31,13 @@ def make_request(
     priority: int = 0,
     cache_salt: str = "",
     eos: tuple[int, ...] = (2,),
+    n: int = 1,
     **sampling: object,
 ) -> EngineRequest:
-    """A request of `prompt` text tokens (ids, or how many), with the named tiles in a row after the first token."""
+    """A request of `prompt` text tokens (ids, or how many), with the named tiles in a row after the first token.
+
+    It is greedy unless `n` answers are wanted.
+    """
     text = list(range(100, 100 + prompt)) if isinstance(prompt, int) else list(prompt)
     ids, placeholders = text[:1], []
     for _ in tiles:
@@ -45,12 +49,13 @@ def make_request(
     return EngineRequest(
         request_id=request_id or f"r{next(_ids)}",
         prompt_token_ids=ids,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, **sampling),  # type: ignore[arg-type]
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=float(n > 1), **sampling),  # type: ignore[arg-type]
         eos_token_ids=eos,
         tiles=tuple(make_tile(name) for name in tiles),
         placeholders=tuple(placeholders),
         priority=priority,
         cache_salt=cache_salt,
+        n=n,
     )
 
 
@@ -76,7 +81,8 @@ class FakeExecutor:
     """Checks every plan as a strict runner would, and samples a token that depends on all tokens before it.
 
     Its cache remembers what was written where: a plan that counts on tokens or tiles that are not there is an error.
-    `broken_tiles` (keys) fail to encode; `explode_on` (request ids) make the whole step raise.
+    `broken_tiles` (keys) fail to encode; `explode_on` (request ids) make the whole step raise;
+    `completing` tokens complete a grammar; `prepared` holds what is to be called when a grammar is compiled.
     """
 
     def __init__(self, block_size: int = 4) -> None:
@@ -91,11 +97,17 @@ class FakeExecutor:
         self.steps: list[SchedulerOutput] = []
         self.broken_tiles: set[bytes] = set()
         self.explode_on: set[str] = set()
+        self.completing: set[int] = set()
+        self.prepared: dict[str, Callable[[str | None], None]] = {}
+
+    def prepare(self, request: EngineRequest, done: Callable[[str | None], None]) -> None:
+        self.prepared[request.request_id] = done
 
     def forget(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            del self.tokens[request_id], self.sources[request_id], self.contents[request_id]
-            self.blocks.pop(request_id, None)
+            self.prepared.pop(request_id, None)
+            for kept in (self.tokens, self.sources, self.contents, self.blocks):
+                kept.pop(request_id, None)  # one that was held may never have had a step
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         self.steps.append(step)
@@ -110,7 +122,7 @@ class FakeExecutor:
         if any(plan.request_id in self.explode_on for plan in step.scheduled):
             raise RuntimeError("injected")
         broken = self._encode(step)
-        sampled, failed = {}, {}
+        sampled, failed, prompt_logprobs = {}, {}, {}
         for plan in step.scheduled:
             blocks = [] if plan.resumed else self.blocks[plan.request_id]
             self.blocks[plan.request_id] = blocks + plan.new_block_ids
@@ -118,11 +130,30 @@ class FakeExecutor:
                 failed[plan.request_id] = "broken tile"
                 continue
             self._compute(plan)
+            if self.sources[plan.request_id].sampling.num_prompt_logprobs is not None:
+                prompt_logprobs[plan.request_id] = self._prompt_logprobs(plan)
             if plan.num_computed_tokens + plan.num_tokens == len(self.tokens[plan.request_id]):
                 token = self.next_token(self.tokens[plan.request_id])
                 self.tokens[plan.request_id].append(token)
                 sampled[plan.request_id] = token
-        return ModelRunnerOutput(sampled=sampled, failed=failed, failed_slots=frozenset(broken))
+        return ModelRunnerOutput(
+            sampled=sampled,
+            failed=failed,
+            failed_slots=frozenset(broken),
+            complete=frozenset(name for name, token in sampled.items() if token in self.completing),
+            logprobs={
+                name: TokenLogprobs(token, -0.5)
+                for name, token in sampled.items()
+                if self.sources[name].sampling.num_logprobs is not None
+            },
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _prompt_logprobs(self, plan: ScheduledRequest) -> list[TokenLogprobs]:
+        """Of a prompt token at position p, -p."""
+        prompt = self.sources[plan.request_id].prompt_token_ids
+        start, end = plan.num_computed_tokens, plan.num_computed_tokens + plan.num_tokens
+        return [TokenLogprobs(prompt[p], -float(p)) for p in range(start + 1, min(end + 1, len(prompt)))]
 
     def _encode(self, step: SchedulerOutput) -> set[int]:
         """Fill slots; one whose tile is broken keeps what it held. Returns those."""

@@ -52,15 +52,15 @@ class ThreadClient:
 
     def __init__(self, factory: CoreFactory) -> None:
         self._factory = factory
-        self._inbox: SimpleQueue[ToEngine] = SimpleQueue()
+        self._core: EngineCore | None = None
         self._thread: threading.Thread | None = None
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> EngineInfo:
-        core = self._factory()
+        core = self._core = self._factory()
 
         def serve() -> None:
             try:
-                core.run(self._inbox, on_outputs)
+                core.run(on_outputs)
             except Exception as error:
                 logger.exception("the engine died")
                 on_death(type(error).__name__)
@@ -70,13 +70,13 @@ class ThreadClient:
         return core.info
 
     def submit(self, message: EngineRequest | AbortRequests) -> None:
-        if self._thread is None or not self._thread.is_alive():
+        if self._core is None or self._thread is None or not self._thread.is_alive():
             raise EngineDeadError("the engine is not running")
-        self._inbox.put(message)
+        self._core.inbox.put(message)
 
     def close(self) -> None:
-        if self._thread is not None:
-            self._inbox.put(Shutdown())
+        if self._core is not None and self._thread is not None:
+            self._core.inbox.put(Shutdown())
             self._thread.join(JOIN_SECONDS)
 
 
@@ -190,7 +190,6 @@ def _serve_in_child(factory: CoreFactory, reads: Connection, writes: Connection)
     except (ConfigError, CheckpointError) as error:
         writes.send_bytes(_ENCODE(EngineFailed(str(error))))
         return
-    inbox: SimpleQueue[ToEngine] = SimpleQueue()
 
     def read() -> None:
         while True:
@@ -199,10 +198,10 @@ def _serve_in_child(factory: CoreFactory, reads: Connection, writes: Connection)
             except (EOFError, OSError):
                 # The parent is gone, and with it every reader of what a step would make.
                 os._exit(1)
-            inbox.put(message)
+            core.inbox.put(message)
             if isinstance(message, Shutdown):
                 return
 
     threading.Thread(target=read, name="inbox", daemon=True).start()
     writes.send_bytes(_ENCODE(core.info))
-    core.run(inbox, lambda outputs: writes.send_bytes(_ENCODE(outputs)))
+    core.run(lambda outputs: writes.send_bytes(_ENCODE(outputs)))

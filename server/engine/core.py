@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import msgspec
@@ -48,23 +49,32 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request's grammar is compiled, or cannot be; from a thread of the executor's, never from outside."""
+
+    request_id: str
+    failure: str | None
+
+
 ToEngine = EngineRequest | AbortRequests | Shutdown
 FromEngine = EngineOutputs | EngineInfo | EngineFailed
 
 
 class EngineCore:
-    """A scheduler and a runner, stepped together."""
+    """A scheduler and a runner, stepped together. Messages go into `inbox`, from any thread."""
 
     def __init__(self, scheduler: Scheduler, executor: StepExecutor, info: EngineInfo) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.info = info
+        self.inbox: SimpleQueue[ToEngine | Prepared] = SimpleQueue()
 
-    def handle(self, message: ToEngine) -> EngineOutput | None:
+    def handle(self, message: ToEngine | Prepared) -> EngineOutput | None:
         """Take one message other than Shutdown; an output only when a request is refused."""
         if isinstance(message, EngineRequest):
             try:
-                self.scheduler.add(message)
+                self._add(message)
             except ValueError as error:
                 # The input processor checks all of this first; whatever slips through must not end the loop.
                 logger.error("refused request %s: %s", message.request_id, error)
@@ -76,7 +86,19 @@ class EngineCore:
                 )
         elif isinstance(message, AbortRequests):
             self.scheduler.abort(message.request_ids)
+        elif isinstance(message, Prepared):
+            if message.failure is not None:
+                return self.scheduler.refuse(message.request_id, message.failure)
+            self.scheduler.release(message.request_id)
         return None
+
+    def _add(self, request: EngineRequest) -> None:
+        if request.sampling.grammar is None:
+            self.scheduler.add(request)
+            return
+        # Compiling takes as long as a step or more, so it must not be part of one.
+        self.scheduler.add(request, held=True)
+        self.executor.prepare(request, lambda failure: self.inbox.put(Prepared(request.request_id, failure)))
 
     def step(self) -> EngineOutputs:
         """Run one step. A failure that is nobody's ends the requests of this step and no others."""
@@ -94,11 +116,11 @@ class EngineCore:
         stats = self.scheduler.take_stats(step_seconds=time.perf_counter() - started, encode_seconds=encode_seconds)
         return EngineOutputs(outputs=outputs, stats=stats)
 
-    def run(self, inbox: SimpleQueue[ToEngine], emit: Callable[[EngineOutputs], None]) -> None:
+    def run(self, emit: Callable[[EngineOutputs], None]) -> None:
         """Serve until Shutdown. `emit` is called once a step, and after messages that changed the idle state."""
         while True:
             refused = []
-            for message in self._drain(inbox):
+            for message in self._drain():
                 if isinstance(message, Shutdown):
                     return
                 output = self.handle(message)
@@ -115,13 +137,13 @@ class EngineCore:
                 if not self.scheduler.holds_nothing:
                     logger.error("idle, yet blocks or slots are held")
 
-    def _drain(self, inbox: SimpleQueue[ToEngine]) -> list[ToEngine]:
+    def _drain(self) -> list[ToEngine | Prepared]:
         """All messages that are here; waits for one when there is no other work."""
         messages = []
         if not self.scheduler.has_work:
-            messages.append(inbox.get())
+            messages.append(self.inbox.get())
         try:
             while True:
-                messages.append(inbox.get_nowait())
+                messages.append(self.inbox.get_nowait())
         except Empty:
             return messages

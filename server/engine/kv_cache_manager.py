@@ -11,10 +11,12 @@ from server.engine.request import Request
 
 
 class KVCacheManager:
+    """Without `enable_prefix_caching`, blocks are shared between the answers to one prompt and by nobody else."""
+
     def __init__(self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
-        self._hasher = BlockHasher(block_size) if enable_prefix_caching else None
+        self._hasher = BlockHasher(block_size, is_shared=enable_prefix_caching)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -24,7 +26,7 @@ class KVCacheManager:
 
         At least its last token is always left to compute, since that one's logits are wanted.
         """
-        if self._hasher is None:
+        if request.needs_whole_prompt:
             return []
         reusable = request.num_tokens - 1
         self._hasher.extend(request, reusable)
@@ -59,8 +61,6 @@ class KVCacheManager:
 
     def publish(self, request: Request) -> None:
         """Let later requests find the blocks that are computed in full."""
-        if self._hasher is None:
-            return
         full = request.num_computed_tokens // self.block_size
         if full == request.num_published_blocks:
             return

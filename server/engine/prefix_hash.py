@@ -17,11 +17,12 @@ class BlockHasher:
     """Hashes a request's full blocks, each over its parent.
 
     The chain starts from a secret of this process and the request's `cache_salt`, so that hashes cannot be predicted
-    from outside and differently salted requests share nothing.
+    from outside and differently salted requests share nothing. Unless `is_shared`, only the answers to one prompt do.
     """
 
-    def __init__(self, block_size: int, secret: bytes | None = None) -> None:
+    def __init__(self, block_size: int, secret: bytes | None = None, *, is_shared: bool = True) -> None:
         self.block_size = block_size
+        self._is_shared = is_shared
         self._secret = secret if secret is not None else secrets.token_bytes(32)
 
     def extend(self, request: Request, num_tokens: int) -> None:
@@ -33,7 +34,8 @@ class BlockHasher:
             hashes.append(self._hash_block(request, start, parent))
 
     def _root(self, request: Request) -> bytes:
-        return hashlib.sha256(self._secret + request.source.cache_salt.encode()).digest()
+        salt = request.source.cache_salt if self._is_shared else request.group
+        return hashlib.sha256(self._secret + salt.encode()).digest()
 
     def _hash_block(self, request: Request, start: int, parent: bytes) -> bytes:
         end = start + self.block_size

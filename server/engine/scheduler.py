@@ -8,15 +8,16 @@ Knows nothing of tensors, text or time beyond the clock it is given.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from server.engine.encoder_cache import EncoderCache
+from server.engine.held import HeldRequests
 from server.engine.kv_cache_manager import KVCacheManager
 from server.engine.queue import WaitingQueue
-from server.engine.request import Request, RequestStatus
+from server.engine.request import Request, RequestStatus, split_choices
 from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput, TileToEncode
-from server.types import EngineOutput, EngineRequest, FinishReason, StepStats
+from server.types import EngineOutput, EngineRequest, FinishReason, StepStats, TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class Scheduler:
         )
         self.encoder = EncoderCache(limits.num_tile_slots)
         self._clock = clock
+        self._held = HeldRequests()
         self._waiting = WaitingQueue()
         self._running: list[Request] = []
         self._requests: dict[str, Request] = {}
@@ -75,9 +77,13 @@ class Scheduler:
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
-    def add(self, source: EngineRequest) -> None:
-        """Queue a request. Raises ValueError for one that breaks a limit: the input processor refuses those first."""
-        if source.request_id in self._requests:
+    def add(self, source: EngineRequest, *, held: bool = False) -> None:
+        """Queue a request, with `held` only once it is released.
+
+        Its further answers follow when the first has computed the prompt. Raises ValueError for a request that breaks a
+        limit: the input processor refuses those first.
+        """
+        if not self._requests.keys().isdisjoint(source.choice_ids):
             raise ValueError(f"request id {source.request_id} is in use")
         total = len(source.prompt_token_ids) + source.max_tokens
         if not source.prompt_token_ids or source.max_tokens < 1 or total > self.limits.max_model_len:
@@ -85,10 +91,42 @@ class Scheduler:
                 f"{len(source.prompt_token_ids)} prompt and {source.max_tokens} output tokens do not fit "
                 f"a context of {self.limits.max_model_len}"
             )
-        request = Request(source, self._num_added)
-        self._num_added += 1
-        self._requests[source.request_id] = request
-        self._waiting.push(request)
+        first, *others = [
+            Request(choice, self._num_added + index, group=source.request_id)
+            for index, choice in enumerate(split_choices(source))
+        ]
+        self._num_added += 1 + len(others)
+        for request in (first, *others):
+            self._requests[request.request_id] = request
+            if held:
+                self._known_to_runner.add(request.request_id)  # it has begun to prepare them
+        if held:
+            self._hold(first, _prepared(first.request_id))
+        else:
+            self._waiting.push(first)
+        for request in others:
+            self._hold(request, _prompt_computed(first.request_id))
+
+    def _hold(self, request: Request, event: str) -> None:
+        request.status = RequestStatus.HELD
+        self._held.hold(request, event)
+
+    def _release_held(self, event: str) -> None:
+        for request in self._held.release(event):
+            request.status = RequestStatus.WAITING
+            self._waiting.push(request)
+
+    def release(self, request_id: str) -> None:
+        """Let a request run that was added as held. Unknown ids (ended meanwhile) are ignored."""
+        self._release_held(_prepared(request_id))
+
+    def refuse(self, request_id: str, message: str) -> EngineOutput | None:
+        """End a request that was added as held, with an error; None if it has ended meanwhile."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._finish(request, FinishReason.ERROR)
+        return self._output(request, [], error=message)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests without an output. Unknown ids (already ended) are ignored."""
@@ -99,7 +137,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests)
+        """Whether a step has anything to do; held requests give it nothing."""
+        return len(self._requests) > len(self._held)
 
     @property
     def num_running(self) -> int:
@@ -107,7 +146,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._held)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -178,6 +217,7 @@ class Scheduler:
                     prompt_token_ids=source.prompt_token_ids,
                     sampling=source.sampling,
                     masked_token_ids=tuple({*eos, *source.sampling.stop_token_ids}),
+                    eos_token_ids=source.eos_token_ids,
                     tiles=source.tiles,
                     placeholders=source.placeholders,
                 )
@@ -264,7 +304,7 @@ class Scheduler:
                 self._fail(request)
                 outputs.append(self._output(request, [], error=result.failed[item.request_id]))
                 continue
-            output = self._advance_computed(request, item, result.sampled.get(item.request_id))
+            output = self._advance_computed(request, item, result)
             if output is not None:
                 outputs.append(output)
         self._discard_tiles(tile for tile in step.tiles if tile.slot in result.failed_slots)
@@ -277,7 +317,10 @@ class Scheduler:
             if request is not None:
                 self.encoder.discard(request.source.tiles[tile.index].key)
 
-    def _advance_computed(self, request: Request, item: ScheduledRequest, token: int | None) -> EngineOutput | None:
+    def _advance_computed(
+        self, request: Request, item: ScheduledRequest, result: ModelRunnerOutput
+    ) -> EngineOutput | None:
+        """Book what a chunk computed; None if there is nothing to tell of it."""
         self._counts["num_prompt_tokens"] += max(
             0, min(item.num_tokens, request.num_prompt_tokens - item.num_computed_tokens)
         )
@@ -286,15 +329,40 @@ class Scheduler:
         for index in list(request.tile_slots):
             if request.source.placeholders[index].end <= request.num_computed_tokens:
                 self._unpin_tile(request, index)
+        prompt_logprobs = self._new_prompt_logprobs(request, item, result)
+        token = result.sampled.get(item.request_id)
         if token is None:
-            return None
-        request.append(token)
+            return self._output(request, [], prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        request.append(token, is_complete=item.request_id in result.complete)
         self._counts["num_generated_tokens"] += 1
+        if request.num_output_tokens == 1:
+            self._release_held(_prompt_computed(request.request_id))
         if request.finish_reason is not None:
             self._finish(request, request.finish_reason)
-        return self._output(request, [token])
+        logprobs = result.logprobs.get(item.request_id)
+        return self._output(
+            request, [token], logprobs=[] if logprobs is None else [logprobs], prompt_logprobs=prompt_logprobs
+        )
 
-    def _output(self, request: Request, token_ids: list[int], error: str | None = None) -> EngineOutput:
+    def _new_prompt_logprobs(
+        self, request: Request, item: ScheduledRequest, result: ModelRunnerOutput
+    ) -> list[TokenLogprobs]:
+        """A chunk's log-probabilities of prompt tokens; those from before a preemption have been told."""
+        found = result.prompt_logprobs.get(item.request_id, [])
+        told = max(request.num_prompt_logprobs - item.num_computed_tokens, 0)
+        new = found[told:]
+        request.num_prompt_logprobs += len(new)
+        return new
+
+    def _output(
+        self,
+        request: Request,
+        token_ids: list[int],
+        *,
+        error: str | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
+        prompt_logprobs: Sequence[TokenLogprobs] = (),
+    ) -> EngineOutput:
         first = request.num_output_tokens <= 1 and request.first_scheduled_time is not None
         return EngineOutput(
             request_id=request.request_id,
@@ -303,6 +371,9 @@ class Scheduler:
             stop_token_id=request.stop_token_id,
             num_cached_tokens=request.num_cached_tokens,
             queue_seconds=(request.first_scheduled_time or 0.0) - request.source.arrival_time if first else None,
+            num_preemptions=request.num_preemptions,
+            logprobs=list(logprobs),
+            prompt_logprobs=list(prompt_logprobs),
             error=error,
         )
 
@@ -323,8 +394,12 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
+        elif request.status is RequestStatus.HELD:
+            self._held.remove(request.request_id)
         else:
             self._waiting.remove(request.request_id)
+        # Nobody else will compute the prompt for those that wait for it.
+        self._release_held(_prompt_computed(request.request_id))
         self._release(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
@@ -355,7 +430,7 @@ class Scheduler:
         counts, self._counts = self._counts, dict.fromkeys(_COUNTED, 0)
         return StepStats(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=self.num_waiting,
             num_blocks=self.kv.pool.num_blocks,
             num_used_blocks=self.kv.pool.num_used,
             step_seconds=step_seconds,
@@ -385,8 +460,18 @@ class Scheduler:
                 raise RuntimeError(f"block {block_id} is counted {self.kv.pool.ref_count(block_id)} times")
         if self.encoder.pin_counts() != pins:
             raise RuntimeError("encoder slots are pinned for requests that are gone")
-        if len(self._running) + len(self._waiting) != len(self._requests):
-            raise RuntimeError("a request is neither running nor waiting")
+        if len(self._running) + len(self._waiting) + len(self._held) != len(self._requests):
+            raise RuntimeError("a request is neither running nor waiting nor held")
+
+
+def _prepared(request_id: str) -> str:
+    """The event that a held request waits for."""
+    return f"prepared:{request_id}"
+
+
+def _prompt_computed(request_id: str) -> str:
+    """The event that the further answers to a request's prompt wait for."""
+    return f"prompt:{request_id}"
 
 
 _COUNTED = (

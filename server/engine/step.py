@@ -5,23 +5,26 @@ Policy speaks integers and lists; the runner turns them into tensors. Nothing he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from server.types import PlaceholderRange, SamplingParams, Tile
+from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """All that the runner keeps of a request from its first step to its last.
 
-    `masked_token_ids` are those that end the answer; the sampler hides them until `min_tokens` are out.
+    `masked_token_ids` are those that end the answer; the sampler hides them until `min_tokens` are out. Under
+    `ignore_eos` the `eos_token_ids` are not among them.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     masked_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     tiles: tuple[Tile, ...]
     placeholders: tuple[PlaceholderRange, ...]
 
@@ -66,22 +69,34 @@ class ModelRunnerOutput:
     """`sampled` has a token for each request whose chunk reached its last token; `failed` names the culprits.
 
     A failed request has computed nothing this step; its message is safe to show to a client. `failed_slots` are those
-    whose tile could not be encoded.
+    whose tile could not be encoded. `complete` are those whose grammar lets nothing follow the sampled token.
+    `logprobs` tells of the sampled tokens, `prompt_logprobs` of the prompt tokens that a chunk's tokens predict: of
+    tokens start + 1 to end of a chunk [start, end), as far as they are the prompt's; both where they were asked for.
     """
 
     sampled: dict[str, int]
     failed: dict[str, str] = field(default_factory=dict)
     failed_slots: frozenset[int] = frozenset()
     encode_seconds: float = 0.0
+    complete: frozenset[str] = frozenset()
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class StepExecutor(Protocol):
     """What the engine needs of a model runner."""
+
+    def prepare(self, request: EngineRequest, done: Callable[[str | None], None]) -> None:
+        """Begin to compile a request's grammar, and call `done` from any thread when its answers may be scheduled.
+
+        `done` gets None, or a message for the client if they cannot be.
+        """
+        ...
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Run one step to its end."""
         ...
 
     def forget(self, request_ids: list[str]) -> None:
-        """Drop the state of requests that ended while no step was due."""
+        """Drop all that is kept of requests that have ended, also of those that never had a step."""
         ...

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from server.engine.step import NewRequest, ScheduledRequest
 
+if TYPE_CHECKING:
+    from server.grammar.matcher import Matcher
+
 
 @dataclass(slots=True)
 class RequestState:
-    """What the runner keeps of a request between steps: its tokens and its block table."""
+    """What the runner keeps of a request between steps: its tokens, its block table, its place in a grammar."""
 
     source: NewRequest
     token_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
+    matcher: Matcher | None = None
 
     @property
     def num_output_tokens(self) -> int:

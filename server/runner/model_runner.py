@@ -5,19 +5,24 @@ Knows tensors and the plan's plain data; knows nothing of queues, blocks' owners
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from server.model.attention.base import AttentionBackend, LayerCache
 from server.model.idefics2 import Idefics2Model
+from server.runner.grammars import GrammarBank
 from server.runner.input_batch import InputBatch, RequestState, build_input_batch
+from server.runner.logprobs import AnswerLogprobs, prompt_logprobs
 from server.runner.sampler import Sampler
 from server.runner.vision_runner import VisionRunner
+from server.types import EngineRequest
 
 BROKEN = "the model's numbers broke down for this request"
+DEAD_END = "no token is left that this request's grammar and its other settings allow"
 
 
 class ModelRunner:
@@ -31,6 +36,7 @@ class ModelRunner:
         caches: list[LayerCache],
         vision: VisionRunner,
         sampler: Sampler,
+        grammars: GrammarBank,
         device: torch.device,
     ) -> None:
         self._model = model
@@ -38,12 +44,17 @@ class ModelRunner:
         self._caches = caches
         self._vision = vision
         self._sampler = sampler
+        self._grammars = grammars
         self._device = device
         self._dtype = next(model.parameters()).dtype
         self._block_size = caches[0].key.shape[1]
         self._states: dict[str, RequestState] = {}
 
+    def prepare(self, request: EngineRequest, done: Callable[[str | None], None]) -> None:
+        self._grammars.prepare(request, done)
+
     def forget(self, request_ids: list[str]) -> None:
+        self._grammars.drop(request_ids)
         for request_id in request_ids:
             self._states.pop(request_id, None)
 
@@ -60,15 +71,19 @@ class ModelRunner:
             if not failed_slots.isdisjoint(item.tile_slots.values())
         }
         scheduled = [item for item in step.scheduled if item.request_id not in failed]
-        sampled = self._compute(scheduled, failed) if scheduled else {}
-        return ModelRunnerOutput(
-            sampled=sampled, failed=failed, failed_slots=frozenset(failed_slots), encode_seconds=encode_seconds
+        computed = self._compute(scheduled, failed) if scheduled else ModelRunnerOutput(sampled={})
+        return dataclasses.replace(
+            computed, failed=failed, failed_slots=frozenset(failed_slots), encode_seconds=encode_seconds
         )
 
     def _take_in(self, step: SchedulerOutput) -> None:
         self.forget(step.finished)
         for new in step.new_requests:
-            self._states[new.request_id] = RequestState(source=new, token_ids=list(new.prompt_token_ids))
+            self._states[new.request_id] = RequestState(
+                source=new,
+                token_ids=list(new.prompt_token_ids),
+                matcher=self._grammars.get(new.request_id) if new.sampling.grammar is not None else None,
+            )
         for item in step.scheduled:
             state = self._states[item.request_id]
             if item.resumed:
@@ -76,25 +91,51 @@ class ModelRunner:
             else:
                 state.block_ids += item.new_block_ids
 
-    def _compute(self, scheduled: Sequence[ScheduledRequest], failed: dict[str, str]) -> dict[str, int]:
+    def _compute(self, scheduled: Sequence[ScheduledRequest], failed: dict[str, str]) -> ModelRunnerOutput:
         """Forward and sample. Adds to `failed` the requests whose logits are of no use."""
         batch = build_input_batch(
             scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
         )
         hidden = self._forward(batch)
         failed |= _broken(hidden, scheduled)
+        of_prompts = prompt_logprobs(
+            hidden, batch, scheduled, [self._states[item.request_id] for item in scheduled], self._model.compute_logits
+        )
         if not batch.sampled:
-            return {}
+            return ModelRunnerOutput(sampled={}, prompt_logprobs=of_prompts)
         logits = self._model.compute_logits(hidden[batch.logits_indices])
+        of_answers = AnswerLogprobs(logits, batch.sampled)
+        sampled = self._sample(logits, batch.sampled, failed)
+        return ModelRunnerOutput(
+            sampled=sampled,
+            complete=self._advance_grammars(sampled),
+            logprobs=of_answers.describe(sampled),
+            prompt_logprobs=of_prompts,
+        )
+
+    def _sample(self, logits: torch.Tensor, states: Sequence[RequestState], failed: dict[str, str]) -> dict[str, int]:
         sampled = {}
-        for state, token in zip(batch.sampled, self._sampler.sample(logits, batch.sampled), strict=True):
+        for state, token in zip(states, self._sampler.sample(logits, states), strict=True):
             request_id = state.source.request_id
+            if request_id in failed:
+                continue
             if token is None:
-                failed[request_id] = BROKEN
-            elif request_id not in failed:
-                state.token_ids.append(token)
-                sampled[request_id] = token
+                failed[request_id] = BROKEN if state.matcher is None else DEAD_END
+                continue
+            state.token_ids.append(token)
+            sampled[request_id] = token
         return sampled
+
+    def _advance_grammars(self, sampled: dict[str, int]) -> frozenset[str]:
+        """Take the sampled tokens into their grammars; the requests that are complete by that."""
+        complete = set()
+        for request_id, token in sampled.items():
+            matcher = self._states[request_id].matcher
+            if matcher is not None:
+                matcher.advance(token)
+                if matcher.is_finished:
+                    complete.add(request_id)
+        return frozenset(complete)
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         """Hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""

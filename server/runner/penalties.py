@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor
 
 from server.runner.input_batch import RequestState
+
+if TYPE_CHECKING:
+    from server.grammar.matcher import Matcher
 
 
 def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Tensor) -> None:
@@ -25,9 +30,32 @@ def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Ten
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=row.device)
             row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
-        if state.num_output_tokens < sampling.min_tokens and state.source.masked_token_ids:
-            row[list(state.source.masked_token_ids)] = float("-inf")
+        if state.matcher is not None:
+            row.masked_fill_(_not_allowed(state.matcher, row), float("-inf"))
+        _hide_endings(row, state)
     logits[:, forbidden] = float("-inf")
+
+
+def _not_allowed(matcher: Matcher, row: Tensor) -> Tensor:
+    """[vocab] bool: the tokens that the grammar does not let follow."""
+    allowed = numpy.unpackbits(matcher.bitmask().view(numpy.uint8), bitorder="little")[: row.shape[-1]]
+    return torch.from_numpy(allowed == 0).to(row.device)
+
+
+def _hide_endings(row: Tensor, state: RequestState) -> None:
+    """Hide what would end an answer that may not end yet, except where a grammar leaves nothing else."""
+    sampling = state.source.sampling
+    hidden: list[int] = []
+    if state.num_output_tokens < sampling.min_tokens:
+        hidden += state.source.masked_token_ids
+    if state.matcher is not None and sampling.ignore_eos:
+        hidden += state.source.eos_token_ids
+    if not hidden:
+        return
+    before = row[hidden]
+    row[hidden] = float("-inf")
+    if state.matcher is not None and bool(row.isneginf().all()):
+        row[hidden] = before
 
 
 def _repetition(row: Tensor, state: RequestState, penalty: float, forbidden: Tensor) -> None:

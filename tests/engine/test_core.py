@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from queue import SimpleQueue
 
 from server.engine.core import AbortRequests, EngineCore, Shutdown, ToEngine
 from server.types import EngineOutputs, EngineRequest, FinishReason, PlaceholderRange
@@ -48,7 +47,7 @@ def test_a_refused_request_is_told_so() -> None:
 
 def test_run_serves_forgets_and_leaves() -> None:
     core = make_core()
-    inbox: SimpleQueue[ToEngine] = SimpleQueue()
+    inbox = core.inbox
     emitted: list[EngineOutputs] = []
     done = threading.Event()
     first, second = make_request(4, max_tokens=3), make_request(4, max_tokens=64)
@@ -59,7 +58,7 @@ def test_run_serves_forgets_and_leaves() -> None:
             inbox.put(AbortRequests([second.request_id]))
             done.set()
 
-    thread = threading.Thread(target=core.run, args=(inbox, emit))
+    thread = threading.Thread(target=core.run, args=(emit,))
     thread.start()
     inbox.put(first)
     inbox.put(second)

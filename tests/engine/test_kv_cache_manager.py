@@ -73,11 +73,12 @@ def test_answers_are_published_too() -> None:
     assert manager.find_prefix(follow_up) == first.block_ids[:2]
 
 
-def test_without_caching_nothing_is_found_or_published() -> None:
+def test_without_caching_only_answers_to_the_same_prompt_find_its_blocks() -> None:
     manager, first = make_manager(caching=False), make(9)
     compute(manager, first, 9)
     assert manager.find_prefix(make(9)) == []
-    assert first.block_hashes == []
+    sibling = Request(make_request(9), 1, group=first.request_id)
+    assert manager.find_prefix(sibling) == first.block_ids[:2]
 
 
 def test_starting_from_a_prefix_shares_its_blocks() -> None:

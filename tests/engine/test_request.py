@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from server.engine.request import Request, RequestStatus
+import msgspec
+
+from server.engine.request import Request, RequestStatus, split_choices
 from server.types import FinishReason
 from tests.factories import make_request
 
@@ -48,3 +50,26 @@ def test_ignored_eos_still_ends_where_it_is_also_a_stop_id() -> None:
     request = Request(make_request(8, eos=(2,), ignore_eos=True, stop_token_ids=(2,)), 0)
     request.append(2)
     assert (request.finish_reason, request.stop_token_id) == (FinishReason.STOP, 2)
+
+
+def test_a_complete_grammar_is_a_stop_without_a_stop_token() -> None:
+    request = Request(make_request(8, ignore_eos=True), 0)
+    request.append(7, is_complete=True)
+    assert (request.finish_reason, request.stop_token_id) == (FinishReason.STOP, None)
+
+
+def test_choices_have_ids_and_seeds_of_their_own_and_the_first_has_the_requests() -> None:
+    source = make_request(8, n=3, seed=5, num_prompt_logprobs=0, num_logprobs=2)
+    choices = split_choices(source)
+    assert choices[0] is source
+    assert tuple(choice.request_id for choice in choices) == source.choice_ids
+    assert len(set(source.choice_ids)) == 3
+    assert len({choice.sampling.seed for choice in choices}) == 3
+    assert choices == split_choices(source)
+    assert [choice.sampling.num_prompt_logprobs for choice in choices] == [0, None, None]
+    assert [choice.sampling.num_logprobs for choice in choices] == [2, 2, 2]
+
+
+def test_equal_answers_are_one_choice() -> None:
+    greedy = msgspec.structs.replace(make_request(8), n=3)
+    assert split_choices(greedy) == [greedy]

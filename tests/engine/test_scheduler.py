@@ -269,13 +269,17 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
 
 
 def test_100_000_random_operations_leak_nothing() -> None:
-    """Adds, cancels, finishes, preemptions and prefix hits at random; the books are checked after each."""
-    seen = dict.fromkeys(("add", "abort", "finish", "preempt", "prefix hit", "tile hit"), 0)
+    """Adds, cancels, finishes, preemptions and prefix hits at random; the books are checked after each.
+
+    Some requests want several answers, and some are held for a while, as those with a grammar are.
+    """
+    seen = dict.fromkeys(("add", "abort", "finish", "preempt", "prefix hit", "tile hit", "release", "choice"), 0)
     operations = 0
     for seed in range(20):
         rng = random.Random(seed)
         scheduler, executor = Scheduler(random_limits(rng)), FakeExecutor()
-        alive: list[EngineRequest] = []
+        alive: list[str] = []
+        held: list[str] = []
         wanted: dict[str, list[int]] = {}
         answers: dict[str, list[int]] = {}
         for _ in range(5_000):
@@ -288,22 +292,29 @@ def test_100_000_random_operations_leak_nothing() -> None:
                     tiles=[rng.choice("abcdef") for _ in range(rng.choice([0, 0, 1, 3]))],
                     max_tokens=rng.randint(1, 24),
                     priority=rng.choice([0, 0, 1]),
+                    n=rng.choice([1, 1, 1, 3]),
                 )
-                scheduler.add(request)
-                alive.append(request)
-                wanted[request.request_id] = expected_answer(request)
+                is_held = rng.random() < 0.2
+                scheduler.add(request, held=is_held)
+                held += [request.request_id] * is_held
+                alive += request.choice_ids
+                wanted |= dict.fromkeys(request.choice_ids, expected_answer(request))
                 seen["add"] += 1
             elif roll < 0.19 and alive:
                 victim = alive.pop(rng.randrange(len(alive)))
-                scheduler.abort([victim.request_id])
-                wanted.pop(victim.request_id)
+                scheduler.abort([victim])
+                wanted.pop(victim)
                 seen["abort"] += 1
+            elif roll < 0.23 and held:
+                scheduler.release(held.pop(rng.randrange(len(held))))
+                seen["release"] += 1
             elif scheduler.has_work:
                 plan = scheduler.schedule()
                 for output in scheduler.update(plan, executor.execute(plan)):
                     answers.setdefault(output.request_id, []).extend(output.new_token_ids)
                     if output.finish_reason:
-                        alive = [request for request in alive if request.request_id != output.request_id]
+                        alive.remove(output.request_id)
+                        seen["choice"] += "/" in output.request_id
                         assert answers[output.request_id] == wanted.pop(output.request_id)
                         seen["finish"] += 1
                 stats = scheduler.take_stats()
@@ -311,9 +322,10 @@ def test_100_000_random_operations_leak_nothing() -> None:
                 seen["prefix hit"] += stats.prefix_hits > 0
                 seen["tile hit"] += stats.tile_hits
             scheduler.check_integrity()
-        scheduler.abort([request.request_id for request in alive])
+        scheduler.abort(alive)
         scheduler.check_integrity()
         assert scheduler.holds_nothing
+        assert scheduler.num_waiting == 0
     assert operations == 100_000
     assert min(seen.values()) > 300, seen
 

@@ -15,6 +15,7 @@ def make_new(
     *,
     request_id: str = "r",
     masked: tuple[int, ...] = (),
+    eos: tuple[int, ...] = (),
     tiles: tuple[Tile, ...] = (),
     placeholders: tuple[PlaceholderRange, ...] = (),
     **sampling: object,
@@ -24,6 +25,7 @@ def make_new(
         prompt_token_ids=list(prompt),
         sampling=SamplingParams(**sampling),  # type: ignore[arg-type]
         masked_token_ids=masked,
+        eos_token_ids=eos,
         tiles=tiles,
         placeholders=placeholders,
     )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.api.chat import MIN_TEMPERATURE
+from server.api.sampling import MIN_TEMPERATURE
 from server.runner.input_batch import RequestState
 from server.runner.sampler import TOP_CANDIDATES, Sampler, _truncate
 from server.types import SamplingParams
