@@ -165,6 +165,33 @@ def test_an_answer_arrives_whole_and_ends_once() -> None:
     run(Server(), scenario)
 
 
+def test_several_answers_and_prompts_are_one_response() -> None:
+    async def scenario(server: Server) -> None:
+        requests = [make_request(range(9), max_tokens=4, n=3), make_request(range(40, 60), max_tokens=6)]
+        texts = ["", "", "", ""]
+        async for output in server.llm.generate(*requests):
+            texts[output.index] += output.text
+            usage = output.usage
+        assert texts == [words(requests[0])] * 3 + [words(requests[1])]
+        assert (usage.prompt_tokens, usage.completion_tokens) == (29, 18)
+        assert len(server.outputs) == 0
+        await server.until_idle()
+
+    run(Server(), scenario)
+
+
+def test_leaving_a_response_cancels_all_its_answers() -> None:
+    async def scenario(server: Server) -> None:
+        outputs = server.llm.generate(make_request(8, max_tokens=110, n=3), make_request(9, max_tokens=110))
+        async for _ in outputs:
+            break
+        await outputs.aclose()  # type: ignore[attr-defined]
+        assert len(server.outputs) == 0
+        await server.until_idle()
+
+    run(Server(), scenario)
+
+
 def test_many_at_once_get_their_own_answers() -> None:
     async def scenario(server: Server) -> None:
         requests = [make_request(range(i, i + 9), tiles=["a"] * (i % 3), max_tokens=5 + i) for i in range(30)]

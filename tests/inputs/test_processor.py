@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +17,17 @@ from server.inputs.chat_template import FAMILY_TEMPLATE, ChatTemplate
 from server.inputs.images import Tiles
 from server.inputs.processor import INLINE_CHARACTERS, InputProcessor
 from server.inputs.tokenizer import Tokenizer
-from server.types import ChatInput, EngineRequest, ImageDetail, ImageInput, SamplingParams, TextPart, Turn
+from server.types import (
+    ChatInput,
+    EngineRequest,
+    ImageDetail,
+    ImageInput,
+    PromptInput,
+    SamplingParams,
+    TextPart,
+    Truncation,
+    Turn,
+)
 from tests.factories import make_tile
 from tests.inputs.conftest import Variant
 
@@ -371,3 +381,104 @@ def test_starting_and_closing_reach_the_image_pipeline(tokenizer: Tokenizer) -> 
 
     asyncio.run(live())
     assert images.log == ["start", "close"]
+
+
+# -- prompts, open turns, truncation --------------------------------------------------------------------------------
+
+
+def make_prompt(prompt: str | tuple[int, ...], **changes: Any) -> PromptInput:
+    return PromptInput(request_id="r", prompt=prompt, sampling=SamplingParams(), **changes)
+
+
+def process_prompt(processor: InputProcessor, prompt: PromptInput, *, max_model_len: int = 4096) -> EngineRequest:
+    return asyncio.run(processor.process(prompt, max_model_len=max_model_len))
+
+
+@pytest.mark.parametrize("text", ["Hello", " Hello  world", "日本 🦊\n", "<image></s> plain", "x" * 9000])
+def test_a_prompts_ids_are_the_tokenizers_own(variant: Variant, text: str) -> None:
+    plain = None if "<" in text else variant.reference(text).input_ids
+    processor = make_processor(variant.ours)
+    request = process_prompt(processor, make_prompt(text), max_model_len=20000)
+    if plain is not None:
+        assert request.prompt_token_ids == plain
+    else:
+        assert not {32000, 32001, 2} & set(request.prompt_token_ids)
+    assert request.prompt_token_ids[:1] == variant.ours.bos_token_ids
+    bare = process_prompt(processor, make_prompt(text, add_special_tokens=False), max_model_len=20000)
+    assert variant.ours.bos_token_ids + bare.prompt_token_ids == request.prompt_token_ids
+    assert request.continues_text
+
+
+def test_ids_are_taken_as_they_are(tokenizer: Tokenizer) -> None:
+    request = process_prompt(make_processor(tokenizer), make_prompt((5, 1, 2, 900), n=3, cache_salt="s", priority=4))
+    assert request.prompt_token_ids == [5, 1, 2, 900]
+    assert (request.n, request.cache_salt, request.priority) == (3, "s", 4)
+
+
+def test_a_prompt_of_nothing_at_all_is_refused_and_one_of_bos_alone_is_not(tokenizer: Tokenizer) -> None:
+    processor = make_processor(tokenizer)
+    request = process_prompt(processor, make_prompt(""))
+    assert request.prompt_token_ids == [1]
+    assert not request.continues_text
+    for empty in (make_prompt("", add_special_tokens=False, param="prompt[2]"), make_prompt((), param="prompt[2]")):
+        with pytest.raises(ClientError) as caught:
+            process_prompt(processor, empty)
+        assert caught.value.param == "prompt[2]"
+
+
+def test_a_prompt_that_is_too_long_names_its_field(tokenizer: Tokenizer) -> None:
+    processor = make_processor(tokenizer)
+    for prompt in (make_prompt((5,) * 64, param="prompt[1]"), make_prompt("word " * 4000, param="prompt[1]")):
+        with pytest.raises(ClientError) as caught:
+            process_prompt(processor, prompt, max_model_len=64)
+        assert (caught.value.param, caught.value.code) == ("prompt[1]", "context_length_exceeded")
+
+
+def test_an_open_turn_ends_with_its_last_word(tokenizer: Tokenizer) -> None:
+    processor = make_processor(tokenizer)
+    turns = [turn("Say it."), turn("The answer is", role="assistant")]
+    ids = processor.encode(turns, continue_final_message=True).token_ids
+    closed = processor.encode(turns, add_generation_prompt=False).token_ids
+    assert closed[: len(ids)] == ids
+    assert tokenizer.decode(ids).endswith("Assistant: The answer is")
+    assert tokenizer.decode(closed).endswith("The answer is<end_of_utterance> \n")
+    chat = ChatInput(request_id="r", turns=tuple(turns), sampling=SamplingParams(), continue_final_message=True)
+    request = process(processor, chat)
+    assert request.prompt_token_ids == ids
+    assert request.continues_text
+
+
+def test_an_open_turn_without_words_is_a_generation_prompt(tokenizer: Tokenizer) -> None:
+    processor = make_processor(tokenizer)
+    turns = (turn("Say it."), turn("", role="assistant"))
+    chat = ChatInput(request_id="r", turns=turns, sampling=SamplingParams(), continue_final_message=True)
+    request = process(processor, chat)
+    assert request.prompt_token_ids == processor.encode(turns[:1]).token_ids
+    assert not request.continues_text
+    assert not process(processor, make_chat(turn("Hi"))).continues_text
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", [6, 7, 8]), ("right", [1, 2, 3])])
+def test_truncation_keeps_one_end(tokenizer: Tokenizer, side: Literal["left", "right"], kept: list[int]) -> None:
+    processor = make_processor(tokenizer)
+    prompt = make_prompt((1, 2, 3, 4, 5, 6, 7, 8), truncation=Truncation(3, side))
+    assert process_prompt(processor, prompt).prompt_token_ids == kept
+    assert process_prompt(processor, make_prompt((1, 2), truncation=Truncation(3, side))).prompt_token_ids == [1, 2]
+
+
+def test_truncation_without_a_number_leaves_room_for_the_answer(tokenizer: Tokenizer) -> None:
+    processor = make_processor(tokenizer)
+    prompt = PromptInput(
+        request_id="r", prompt=(5,) * 100, sampling=SamplingParams(max_tokens=24), truncation=Truncation(None)
+    )
+    request = process_prompt(processor, prompt, max_model_len=64)
+    assert (len(request.prompt_token_ids), request.max_tokens) == (40, 24)
+
+
+def test_a_prompt_with_pictures_is_not_cut_through(tokenizer: Tokenizer) -> None:
+    chat = ChatInput(request_id="r", turns=(turn(image(), "Hi"),), sampling=SamplingParams(), truncation=Truncation(10))
+    images = FakeImages()
+    with pytest.raises(ClientError) as caught:
+        process(make_processor(tokenizer, images), chat)
+    assert (caught.value.param, caught.value.code) == ("truncate_prompt_tokens", "unsupported_parameter")
+    assert not images.loaded
