@@ -25,6 +25,7 @@ from server.engine.client import EngineClient, ProcessClient, ThreadClient
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import CheckpointError, ConfigError
+from server.grammar.compiler import GrammarCompiler
 from server.inputs.chat_template import ChatTemplate, read_chat_template
 from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
@@ -135,7 +136,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
             device=device,
         ),
         sampler=Sampler(model_config.suppressed_token_ids, device),
-        grammars=GrammarBank(None),  # type: ignore[arg-type]
+        grammars=GrammarBank(_build_compiler(Tokenizer(folder), model_config)),
         device=device,
     )
     limits = SchedulerLimits(
@@ -172,6 +173,20 @@ def _largest_step(model: Idefics2Model, config: ModelConfig, max_tokens: int, ma
     model.compute_logits(embeddings[: min(max_tokens, 256)])
 
 
+def _token_table(tokenizer: Tokenizer) -> TokenTable:
+    return TokenTable.from_pieces(tokenizer.pieces(), tokenizer.special_tokens.values())
+
+
+def _build_compiler(tokenizer: Tokenizer, model: ModelConfig) -> GrammarCompiler:
+    table = _token_table(tokenizer)
+    return GrammarCompiler(
+        table.token_bytes,
+        special_token_ids=table.special_ids,
+        eos_token_ids=model.eos_token_ids,
+        vocab_size=model.text.vocab_size,
+    )
+
+
 def build_client(config: ServerConfig, folder: Path) -> EngineClient:
     factory = functools.partial(build_core, config, folder)
     return ProcessClient(factory) if config.engine_client == "process" else ThreadClient(factory)
@@ -191,6 +206,8 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
             read_chat_template(folder, tokenizer.chat_template), special_tokens=tokenizer.special_tokens
         ),
         images=_build_images(config, model, metrics),
+        grammars=_build_compiler(tokenizer, model),
+        metrics=metrics,
         rows_per_tile=model.perceiver.num_latents,
         eos_token_ids=model.eos_token_ids,
         max_images=config.max_images,
@@ -201,33 +218,36 @@ def _build_images(config: ServerConfig, model: ModelConfig, metrics: ServerMetri
     return ImageLoader(
         ImageFetcher(max_bytes=config.max_image_bytes, timeout=config.image_fetch_timeout),
         ImagePool(
-            config.image_workers, config.image_decode_timeout, max_pixels=config.max_image_pixels, settings=model.images
+            config.image_workers,
+            config.image_decode_timeout,
+            max_pixels=config.max_image_pixels,
+            settings=model.images,
+            metrics=metrics,
         ),
         model.images,
         splitting=config.image_splitting,
         max_bytes=config.max_image_bytes,
-        observe_fetch=metrics.record_image_fetch,
-        observe_decode=metrics.record_image_decode,
-        observe_error=metrics.record_image_error,
+        metrics=metrics,
     )
 
 
-def build_llm(config: ServerConfig) -> AsyncLLM:
-    """Everything but HTTP. Fails early, with one line, on a checkpoint or a configuration that cannot work."""
+def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> AsyncLLM:
+    """Everything but HTTP. Fails early, with one line, on a checkpoint or a configuration that cannot work.
+
+    `client` leads to another engine than the configured one.
+    """
     folder = resolve_folder(config)
     choose_device(config.device)
     model_root = config.model or "idefics2-demo"
     names = tuple(config.served_model_name) or (model_root,)
-    metrics = ServerMetrics(names[0])
+    metrics = ServerMetrics(names[0], compat=config.metrics_compat)
     inputs = build_inputs(config, folder, metrics)
     described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {config.dtype} {config.load_format}"
     return AsyncLLM(
         config,
-        client=build_client(config, folder),
+        client=client or build_client(config, folder),
         inputs=inputs,
-        outputs=OutputProcessor(
-            TokenTable.from_pieces(inputs.tokenizer.pieces(), inputs.tokenizer.special_tokens.values()), metrics
-        ),
+        outputs=OutputProcessor(_token_table(inputs.tokenizer), metrics),
         metrics=metrics,
         model_names=names,
         model_root=model_root,
@@ -261,7 +281,11 @@ class DrainingServer(uvicorn.Server):
 def serve(config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Liveness answers while the model loads. Raises ConfigError or CheckpointError."""
     configure_logging()
-    llm = build_llm(config)
+    return run_server(config, build_llm(config))
+
+
+def run_server(config: ServerConfig, llm: AsyncLLM) -> int:
+    """Serve an engine that has not been started yet, until SIGTERM or SIGINT."""
     app = build_app(llm, config)
     server = DrainingServer(
         uvicorn.Config(

@@ -72,8 +72,14 @@ class AsyncLLM:
             loop.call_soon_threadsafe(self._on_death, reason)
 
         await self._inputs.start()
-        self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
-        return self._info
+        info = self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
+        self.metrics.record_engine(
+            max_model_len=info.max_model_len,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            num_tile_slots=info.num_tile_slots,
+        )
+        return info
 
     def drain(self) -> None:
         """Refuse new work; what was accepted goes on."""
@@ -115,6 +121,14 @@ class AsyncLLM:
         return self._preparing + len(self._outputs)
 
     def check_capacity(self) -> None:
+        """As `check_room`, for a request that is here; a refusal is counted."""
+        try:
+            self.check_room()
+        except (CapacityError, UnavailableError) as error:
+            self.metrics.record_rejection(error.code)
+            raise
+
+    def check_room(self) -> None:
         """Raise CapacityError or UnavailableError when a request cannot be taken now."""
         self._check_open()
         if self._draining:
@@ -126,6 +140,17 @@ class AsyncLLM:
                 f"the queue is full: {self.num_in_flight} requests are running or waiting, the limit is "
                 f"{self._max_in_flight}",
                 retry_after=min(max(waves * self._recent_seconds / 2, 1.0), 60.0),
+            )
+
+    def _check_answers(self, count: int) -> None:
+        """Raise CapacityError where a response of many answers would crowd out those that are here."""
+        here = len(self._outputs)
+        if count > 1 and here and here + count > self._max_in_flight:
+            self.metrics.record_rejection(CapacityError.default_code)
+            raise CapacityError(
+                f"the queue is full: {here} answers are running or waiting, {count} more are asked for, the limit is "
+                f"{self._max_in_flight}",
+                retry_after=self._recent_seconds,
             )
 
     def _check_open(self) -> None:
@@ -154,20 +179,25 @@ class AsyncLLM:
         Raises ServerError when the engine fails one of them.
         """
         self._check_open()  # much may have happened while the requests were prepared
+        self._check_answers(sum(len(request.choice_ids) for request in requests))
         wake = asyncio.Event()
         response = self._outputs.open(requests, wake.set)
         try:
             for request in requests:
                 self._client.submit(request)
-            while not response.is_finished:
+            while True:
                 output = response.take()
                 if output is None:
                     await wake.wait()
                     wake.clear()
                     continue
+                is_last = response.is_finished
+                if is_last:  # now, for after the last output nobody asks again
+                    arrival = min(request.arrival_time for request in requests)
+                    self._recent_seconds += 0.1 * (time.monotonic() - arrival - self._recent_seconds)
                 yield output
-            arrival = min(request.arrival_time for request in requests)
-            self._recent_seconds += 0.1 * (time.monotonic() - arrival - self._recent_seconds)
+                if is_last:
+                    return
         finally:
             unfinished = self._outputs.close(response)
             if unfinished:
@@ -190,6 +220,11 @@ class AsyncLLM:
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """Each id's piece of the vocabulary."""
         return self._inputs.tokenizer.token_strings(token_ids)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which add nothing to a text."""
+        return frozenset(self._inputs.tokenizer.special_tokens.values())
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:

@@ -241,11 +241,13 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Plain numbers about one engine step. Gauges are values now; the rest counts this step alone.
 
+    `num_held` of the `num_waiting` wait for something else than room: a grammar, or a prompt that they share.
     `prefix_queries` and `prefix_hits` count tokens, `tile_queries` and `tile_hits` tiles; durations are seconds.
     """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_held: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
     num_prompt_tokens: int = 0

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent / "server"
 # From the top down. A module may import its own package and anything in a lower layer; the roots may import each
 # other, and so may the ground.
 LAYERS = [
-    {"cli", "__main__", "launch", "bench", "demo"},
+    {"cli", "__main__", "launch", "batch", "bench", "demo"},
     {"api"},
     {"llm"},
     {"inputs", "outputs", "engine"},
     {"runner"},
-    {"model"},
+    {"model", "grammar"},
     {"config", "types", "errors", "observability"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
@@ -35,10 +35,11 @@ OWNERS = {
     "prometheus_client": {"observability"},
     "uvicorn": {"launch"},
     "torch": {"launch", "runner", "model", "demo"},
-    "asyncio": {"launch", "api", "llm", "inputs", "bench"},
-    "httpx": {"inputs", "bench", "model"},
+    "asyncio": {"launch", "api", "llm", "inputs", "batch", "bench"},
+    "httpx": {"inputs", "batch", "bench", "model"},
     "PIL": {"inputs", "bench"},
     "jinja2": {"inputs"},
+    "llguidance": {"grammar"},
     "transformers": {"inputs", "model", "demo", "bench"},
     "safetensors": {"model", "demo"},
 }
@@ -86,7 +87,9 @@ def test_imports_point_down(file: Path) -> None:
 
 def test_only_one_file_fetches() -> None:
     """One guarded fetcher in the whole server: no other file under inputs/ or api/ opens a connection."""
-    fetching = {str(f.relative_to(ROOT)) for f in files() if "httpx" in imports(f) and room(f) != "bench"}
+    fetching = {
+        str(f.relative_to(ROOT)) for f in files() if "httpx" in imports(f) and room(f) not in ("batch", "bench")
+    }
     fetching -= {"model/loader.py"}  # catches the errors of the hub's library
     assert fetching == {"inputs/image_fetch.py"}
     for file in files():

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from server.api.chat import chat_router
+from server.api.completions import completions_router
 from server.api.errors import ErrorAnswer, install_error_handlers
 from server.api.health import health_router
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.models import models_router
+from server.api.responses import responses_router
+from server.api.tokenize import tokenize_router
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -25,10 +28,11 @@ Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 def build_app(llm: AsyncLLM, config: ServerConfig, *, lifespan: Lifespan | None = None) -> FastAPI:
     """The application that a server runs. `lifespan` starts and stops what `llm` needs."""
+    version = _version()
     app = FastAPI(
         title="Idefics2 server",
         summary="OpenAI-compatible inference for Idefics2.",
-        version=_version(),
+        version=version,
         lifespan=lifespan,
         redoc_url=None,
         # A redirect repeats the Host header of the request, which anybody may have written.
@@ -37,8 +41,11 @@ def build_app(llm: AsyncLLM, config: ServerConfig, *, lifespan: Lifespan | None 
     )
     install_error_handlers(app)
     app.include_router(chat_router(llm, config))
+    app.include_router(completions_router(llm, config))
+    app.include_router(responses_router(llm, config))
+    app.include_router(tokenize_router(llm, config))
     app.include_router(models_router(llm))
-    app.include_router(health_router(llm))
+    app.include_router(health_router(llm, version=version))
     # Added last is outermost: also a refused body is named, logged and counted.
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * (1 << 20)))
     app.add_middleware(RequestMiddleware, metrics=llm.metrics)
@@ -49,6 +56,6 @@ def build_app(llm: AsyncLLM, config: ServerConfig, *, lifespan: Lifespan | None 
 
 def _version() -> str:
     try:
-        return version("idefics2-server")
-    except PackageNotFoundError:
+        return metadata.version("idefics2-server")
+    except metadata.PackageNotFoundError:
         return "0"

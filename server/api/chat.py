@@ -6,29 +6,24 @@ Knows the wire and the facade. Templates, images, tokens and limits that need th
 from __future__ import annotations
 
 import time
-import uuid
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.body import read_json_object, require_json
-from server.api.chat_protocol import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatCompletionRequest,
-    parse_chat_request,
-)
+from server.api.chat_answer import Answer, ChoiceBuilder, build_completion
+from server.api.chat_chunks import DetailedChunkEncoder
+from server.api.chat_protocol import ChatCompletion, ChatCompletionRequest, parse_chat_request
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
-from server.api.protocol import CompletionUsage, finish_reason_name
 from server.api.sampling import to_sampling_params
-from server.api.schemas import chat_example, request_body
-from server.api.streaming import ChatEventResponse, ChunkEncoder
-from server.errors import RequestFailedError
-from server.types import ChatInput, RequestOutput
+from server.api.schemas import STREAM_CONTENT, chat_examples, error_answers, request_body
+from server.api.streaming import ChatEventResponse, ChunkEncoder, EventEncoder
+from server.api.tools import ToolPlan
+from server.errors import ClientError, RequestFailedError
+from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, RequestOutput, SamplingParams, Turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,37 +32,14 @@ if TYPE_CHECKING:
     from server.llm import AsyncLLM
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What every piece of one answer says about itself."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    has_service_tier: bool
-
-    def chunk_head(self) -> dict[str, Any]:
-        head: dict[str, Any] = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.system_fingerprint,
-        }
-        if self.has_service_tier:
-            head["service_tier"] = "default"
-        return head
-
-
 def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
     router = APIRouter(tags=["Chat"])
 
     @router.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        openapi_extra=request_body(ChatCompletionRequest, chat_example(llm.model_names[0])),
-        responses={200: {"content": {"text/event-stream": {}}}},
+        openapi_extra=request_body(ChatCompletionRequest, chat_examples(llm.model_names[0])),
+        responses={200: {"content": STREAM_CONTENT}, **error_answers()},
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation, with pictures in the user's messages; with `stream`, as server-sent events."""
@@ -75,71 +47,128 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
         llm.check_capacity()
         body = parse_chat_request(await read_json_object(request))
         answer = Answer(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
+            id=body.answer_id("chatcmpl"),
             created=int(time.time()),
             model=check_model(body.model or llm.model_names[0], llm.model_names),
             system_fingerprint=llm.system_fingerprint,
             has_service_tier=body.service_tier is not None,
+            logprobs=body.logprobs,
+            token_ids=body.return_token_ids,
         )
-        chat = to_chat_input(body, request_id=answer.id, vocab_size=llm.vocab_size)
+        chat = to_chat_input(body, request_id=answer.id, vocab_size=llm.vocab_size, inject_tools=config.inject_tools)
+        tools = body.tool_plan(inject_tools=config.inject_tools)
         if not body.stream:
-            completion = await unless_disconnected(request.receive, _complete(llm, chat, answer))
-            return JSONResponse(completion.model_dump(mode="json"))
-        first, rest = await unless_disconnected(request.receive, _begin(llm, chat))
+            work = _complete(llm, chat, tools, answer)
+            completion = await unless_disconnected(request.receive, work)
+            return Response(completion, media_type="application/json")
+        first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
         return ChatEventResponse(
-            first,
-            rest,
-            encoder=ChunkEncoder(answer.chunk_head(), body.stream_options),
-            keep_alive_seconds=config.keep_alive_seconds,
+            first, rest, encoder=_encoder(body, tools, answer), keep_alive_seconds=config.keep_alive_seconds
         )
 
     return router
 
 
-def to_chat_input(request: ChatCompletionRequest, *, request_id: str, vocab_size: int) -> ChatInput:
-    """The request as the rest of the server knows it. Raises ClientError for token ids that do not exist."""
-    sampling = to_sampling_params(request, max_tokens=request.output_cap, vocab_size=vocab_size)
+def to_chat_input(
+    request: ChatCompletionRequest, *, request_id: str, vocab_size: int, inject_tools: bool = False
+) -> ChatInput:
+    """The request as the rest of the server knows it. With `inject_tools` the model is told of the tools.
+
+    Raises ClientError for token ids that do not exist, and for constraints that cannot hold together.
+    """
+    tools = request.tool_plan(inject_tools=inject_tools)
+    if tools is not None and tools.mode != "auto":
+        # What is asked of the content says nothing of an answer that has none.
+        request = request.model_copy(update={"response_format": None})
+    sampling = to_sampling_params(
+        request,
+        max_tokens=request.output_cap,
+        vocab_size=vocab_size,
+        grammar=None if tools is None else tools.grammar(),
+        num_logprobs=request.num_logprobs,
+    )
+    turns = request.messages
+    if "do_image_splitting" in request.mm_processor_kwargs:
+        turns = _with_detail(turns, split=request.mm_processor_kwargs["do_image_splitting"])
+    if tools is not None and inject_tools:
+        turns = (tools.described(), *turns)
     return ChatInput(
         request_id=request_id,
-        turns=request.messages,
+        turns=turns,
         sampling=sampling,
+        n=request.n,
+        add_generation_prompt=request.opens_turn,
+        continue_final_message=request.continue_final_message,
+        truncation=request.truncation,
         priority=request.priority,
         cache_salt=request.cache_salt,
     )
 
 
-async def _begin(llm: AsyncLLM, chat: ChatInput) -> tuple[RequestOutput, AsyncIterator[RequestOutput]]:
+def _with_detail(turns: tuple[Turn, ...], *, split: bool | None) -> tuple[Turn, ...]:
+    """Pictures that leave their detail to the server, as the request as a whole would have them."""
+    if split is None:
+        return turns
+    return tuple(
+        msgspec.structs.replace(
+            turn,
+            parts=tuple(
+                msgspec.structs.replace(part, detail="high" if split else "low")
+                if isinstance(part, ImageInput) and part.detail == "auto"
+                else part
+                for part in turn.parts
+            ),
+        )
+        for turn in turns
+    )
+
+
+async def _prepare(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None) -> EngineRequest:
+    try:
+        return await llm.prepare(chat)
+    except ClientError as error:
+        if tools is not None and error.param == "tools":
+            await _blame(llm, tools)
+        raise
+
+
+async def _blame(llm: AsyncLLM, tools: ToolPlan) -> None:
+    """Raise the ClientError of the first function whose parameters do not compile by themselves."""
+    for grammar in tools.suspects():
+        alone = PromptInput(request_id="tools", prompt="?", sampling=SamplingParams(max_tokens=1, grammar=grammar))
+        await llm.prepare(alone)
+
+
+async def _begin(
+    llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None
+) -> tuple[RequestOutput, AsyncIterator[RequestOutput]]:
     """The first output and those to come. Until there is a first one, an error can still be an HTTP status."""
-    outputs = llm.generate(await llm.prepare(chat))
+    outputs = llm.generate(await _prepare(llm, chat, tools))
     async for first in outputs:
         return first, outputs
     raise RequestFailedError("the answer ended before it began")
 
 
-async def _complete(llm: AsyncLLM, chat: ChatInput, answer: Answer) -> ChatCompletion:
-    outputs = llm.generate(await llm.prepare(chat))
-    texts: list[str] = []
+async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, answer: Answer) -> bytes:
+    outputs = llm.generate(await _prepare(llm, chat, tools))
+    parse_calls = None if tools is None else tools.parser
+    choices = [ChoiceBuilder(index, answer, parse_calls and parse_calls()) for index in range(chat.n)]
     try:
-        async for output in outputs:
-            texts.append(output.text)
-            if output.finish_reason is not None:
-                return _completion(answer, "".join(texts), output)
+        return await build_completion(outputs, choices, answer)
     finally:
         await close(outputs)
-    raise RequestFailedError("the answer ended without a reason")
 
 
-def _completion(answer: Answer, text: str, last: RequestOutput) -> ChatCompletion:
-    reason = None if last.finish_reason is None else finish_reason_name(last.finish_reason)
-    if reason is None:
-        raise RequestFailedError("the request was ended by the server")
-    choice = ChatChoice(message=AssistantMessage(content=text), finish_reason=reason, stop_reason=last.stop_reason)
-    return ChatCompletion(
-        id=answer.id,
-        created=answer.created,
-        model=answer.model,
-        choices=[choice],
-        usage=CompletionUsage.from_usage(last.usage),
-        system_fingerprint=answer.system_fingerprint,
-        service_tier="default" if answer.has_service_tier else None,
+def _encoder(body: ChatCompletionRequest, tools: ToolPlan | None, answer: Answer) -> EventEncoder:
+    head = answer.chunk_head()
+    if tools is None and not answer.logprobs and not answer.token_ids:
+        return ChunkEncoder(head, body.stream_options, num_choices=body.n)
+    return DetailedChunkEncoder(
+        head,
+        body.stream_options,
+        num_choices=body.n,
+        logprobs=answer.logprobs,
+        token_ids=answer.token_ids,
+        parse_calls=None if tools is None else tools.parser,
+        content_first="" if tools is None or tools.mode == "auto" else None,
     )

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from server.errors import (
     AuthenticationError,
@@ -25,6 +26,8 @@ from server.errors import (
     ServerError,
     UnavailableError,
 )
+
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 MAX_MESSAGE_CHARS = 1000
 
@@ -175,12 +178,24 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_http_exception(request: Request, error: HTTPException) -> Response:
         answer = error_response(_from_http_exception(error), headers=error.headers)
         answer.status_code = error.status_code
+        if error.status_code == 405:
+            answer.headers["allow"] = ", ".join(_allowed_methods(request))  # the framework names one route's only
         return answer
 
     # The framework's types say Exception, and its dispatch is by the class given here.
     app.add_exception_handler(ServerError, on_server_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, on_http_exception)  # type: ignore[arg-type]
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """All methods that some route answers at this path."""
+
+    def is_answered(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in _METHODS if is_answered(method)]
 
 
 def _from_http_exception(error: HTTPException) -> ServerError:

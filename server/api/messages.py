@@ -48,7 +48,7 @@ def parse_messages(raw: object) -> tuple[Turn, ...]:
     turns = []
     num_parts = 0
     for index, message in enumerate(raw):
-        turn = _parse_message(message, f"messages[{index}]")
+        turn = parse_message(message, f"messages[{index}]")
         num_parts += len(turn.parts)
         if num_parts > MAX_PARTS:
             raise too_many("messages", num_parts, limit=MAX_PARTS, what="content parts in all")
@@ -56,20 +56,22 @@ def parse_messages(raw: object) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def _parse_message(message: object, param: str) -> Turn:
+def parse_message(message: object, param: str) -> Turn:
+    """One message; `param` is its path, for complaints."""
     if not isinstance(message, dict):
         raise invalid_type(param, "an object")
-    given = _string(message, "role", param)
+    given = string_field(message, "role", param)
     role = _ROLES.get(given)
     if role is None:
         raise invalid_value(f"{param}.role", "must be one of 'system', 'developer', 'user', 'assistant', 'tool'")
-    parts = _parse_content(message.get("content"), role, f"{param}.content")
+    parts = parse_content(message.get("content"), role, f"{param}.content")
     if role == "assistant" and message.get("tool_calls") is not None:
         parts += _flatten_tool_calls(message["tool_calls"], f"{param}.tool_calls")
     return Turn(role=role, parts=parts or (TextPart(""),))
 
 
-def _parse_content(content: object, role: str, param: str) -> tuple[TextPart | ImageInput, ...]:
+def parse_content(content: object, role: str, param: str) -> tuple[TextPart | ImageInput, ...]:
+    """A message's content, of a turn whose role is one of the template's."""
     if isinstance(content, str):
         return (TextPart(content),)
     if content is None:
@@ -120,7 +122,7 @@ def _part_type(part: dict[str, Any], param: str) -> str:
         for kind in ("text", "image_url"):
             if part.get(kind) is not None:
                 return kind
-    return _string(part, "type", param)
+    return string_field(part, "type", param)
 
 
 def _parse_image(part: dict[str, Any], kind: str, param: str) -> ImageInput:
@@ -140,7 +142,7 @@ def _parse_image(part: dict[str, Any], kind: str, param: str) -> ImageInput:
         return ImageInput(url=value, detail=_parse_detail(part, param), param=f"{param}.{key}")
     if kind == "image" or not isinstance(value, dict):
         raise invalid_type(f"{param}.{key}", "a string" if kind == "image" else "an object or a string")
-    url = _string(value, "url", f"{param}.{key}")
+    url = string_field(value, "url", f"{param}.{key}")
     holder = (value, f"{param}.{key}") if value.get("detail") is not None else (part, param)
     return ImageInput(url=url, detail=_parse_detail(*holder), param=f"{param}.{key}.url")
 
@@ -157,12 +159,15 @@ def _parse_detail(holder: dict[str, Any], param: str) -> ImageDetail:
 
 
 def _flatten_tool_calls(calls: object, param: str) -> tuple[TextPart, ...]:
-    """Calls that an assistant made earlier, as text: the model has no form of its own for them."""
+    """Calls that an assistant made earlier, as one text: the model has no form of its own for them.
+
+    It is the form in which this server asks for calls, so that what was answered reads like what is to be answered.
+    """
     if not isinstance(calls, list):
         raise invalid_type(param, "an array")
     if len(calls) > MAX_TOOL_CALLS:
         raise too_many(param, len(calls), limit=MAX_TOOL_CALLS)
-    texts = []
+    entries = []
     for index, call in enumerate(calls):
         path = f"{param}[{index}]"
         if not isinstance(call, dict):
@@ -170,13 +175,23 @@ def _flatten_tool_calls(calls: object, param: str) -> tuple[TextPart, ...]:
         function = call.get("function")
         if not isinstance(function, dict):
             raise missing(f"{path}.function") if function is None else invalid_type(f"{path}.function", "an object")
-        name = _string(function, "name", f"{path}.function")
-        arguments = "" if function.get("arguments") is None else _string(function, "arguments", f"{path}.function")
-        texts.append(TextPart(msgspec.json.encode({"name": name, "arguments": arguments}).decode()))
-    return tuple(texts)
+        name = string_field(function, "name", f"{path}.function")
+        arguments = "" if function.get("arguments") is None else string_field(function, "arguments", f"{path}.function")
+        entries.append({"name": name, "arguments": _parsed(arguments)})
+    return (TextPart(msgspec.json.encode(entries).decode()),) if entries else ()
 
 
-def _string(holder: dict[str, Any], key: str, param: str) -> str:
+def _parsed(arguments: str) -> object:
+    """Arguments are JSON in a string; where a model has written something else, they stay a string."""
+    try:
+        msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+    return msgspec.Raw(arguments.encode())
+
+
+def string_field(holder: dict[str, Any], key: str, param: str) -> str:
+    """A string that must be there; `param` is the path of its holder."""
     value = holder.get(key)
     if value is None:
         raise missing(f"{param}.{key}")

@@ -35,7 +35,7 @@ LINGER_SECONDS = 5.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_QUIET_PATHS = ("/health", "/metrics")
+_QUIET_PATHS = ("/health", "/ping", "/load", "/metrics")
 
 
 class RequestMiddleware:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from server.api.schemas import error_answers
 from server.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def models_router(llm: AsyncLLM) -> APIRouter:
         return ModelList(data=[card(name) for name in llm.model_names])
 
     # A path, because ids of the hub have a slash in them, which clients send as it is or as %2F.
-    @router.get("/v1/models/{model_id:path}")
+    @router.get("/v1/models/{model_id:path}", responses=error_answers(404))
     async def retrieve_model(model_id: str) -> ModelCard:
         return card(check_model(model_id, llm.model_names))
 

@@ -1,4 +1,4 @@
-"""The fields that every generating endpoint takes: how tokens are chosen, and when to stop.
+"""The fields that every generating endpoint takes: how tokens are chosen, when to stop, what is told about them.
 
 A request that parses is within every bound that can be told without the model.
 """
@@ -6,15 +6,17 @@ A request that parses is within every bound that can be told without the model.
 from __future__ import annotations
 
 import re
-from typing import Annotated
+import uuid
+from typing import Annotated, Any, Literal
 
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 
 from server.api.errors import invalid_type, invalid_value, too_many
-from server.api.protocol import Body
 from server.api.schemas import LOGIT_BIAS_SCHEMA, STOP_SCHEMA
+from server.api.structured import ConstrainedRequest, find_grammar
+from server.api.unsupported import unsupported_value
 from server.errors import ClientError
-from server.types import SamplingParams
+from server.types import GrammarSpec, SamplingParams, Truncation
 
 MAX_INT32 = 2**31 - 1
 MAX_STOPS = 4
@@ -27,6 +29,7 @@ MAX_CHOICES = 16
 MIN_TEMPERATURE = 0.01
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def parse_stop(raw: object) -> tuple[str, ...]:
@@ -68,11 +71,12 @@ def parse_logit_bias(raw: object) -> dict[int, float]:
     return biases
 
 
-class SamplingRequest(Body):
+class SamplingRequest(ConstrainedRequest):
     """Base of the bodies that ask for tokens."""
 
     model: str = Field("", max_length=1024, description="A served name; empty or absent means the first one.")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="How many answers.")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Only what n is.")
     min_tokens: int | None = Field(None, ge=0, le=MAX_INT32)
     min_new_tokens: int | None = Field(None, ge=0, le=MAX_INT32, description="Another name of min_tokens.")
     ignore_eos: bool = False
@@ -102,15 +106,53 @@ class SamplingRequest(Body):
         pattern=r"^[^@/\\\x00]+$",
         description="Requests share cached prompts only with those of the same salt.",
     )
+    request_id: Any = Field(
+        None, description="Part of the answer's id, if it is at most 128 letters, digits, '.', '_' and '-'."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=MAX_INT32, description="Keep so many tokens of a prompt of text; -1: as many as fit."
+    )
+    truncation_side: Literal["left", "right"] = Field("left", description="What truncation cuts off.")
+    add_special_tokens: bool | None = Field(None, description="Put BOS before a prompt of text. A conversation has it.")
+    return_token_ids: bool = Field(False, description="Tell the ids of prompt and answer.")
 
     @property
     def output_floor(self) -> int:
         given = self.min_new_tokens if self.min_tokens is None else self.min_tokens
         return given or 0
 
+    @property
+    def truncation(self) -> Truncation | None:
+        """Raises ClientError for a prompt of which nothing would be left."""
+        if self.truncate_prompt_tokens is None:
+            return None
+        if self.truncate_prompt_tokens == 0:
+            raise invalid_value("truncate_prompt_tokens", "must be -1 or at least 1, not 0")
+        limit = self.truncate_prompt_tokens
+        return Truncation(max_tokens=None if limit == -1 else limit, side=self.truncation_side)
 
-def to_sampling_params(request: SamplingRequest, *, max_tokens: int | None, vocab_size: int) -> SamplingParams:
-    """The request as the engine knows it. Raises ClientError for unknown token ids, or a floor over the cap."""
+    def answer_id(self, prefix: str) -> str:
+        """The id that the client wished for, or a new one. Two requests may wish for the same."""
+        given = self.request_id
+        suffix = given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        return f"{prefix}-{suffix}"
+
+
+def to_sampling_params(
+    request: SamplingRequest,
+    *,
+    max_tokens: int | None,
+    vocab_size: int,
+    grammar: GrammarSpec | None = None,
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The request as the engine knows it. `grammar` is a constraint besides those of the common fields.
+
+    Raises ClientError for unknown token ids, a floor over the cap, or constraints that contradict each other.
+    """
+    if request.best_of not in (None, request.n):
+        raise unsupported_value("best_of", f"only the value of 'n', which is {request.n}, is")
     if max_tokens is not None and request.output_floor > max_tokens:
         raise invalid_value("min_tokens", f"must be at most the {max_tokens} tokens that the answer may have")
     if any(token_id >= vocab_size for token_id in request.logit_bias):
@@ -137,4 +179,7 @@ def to_sampling_params(request: SamplingRequest, *, max_tokens: int | None, voca
         stop=request.stop,
         include_stop_str_in_output=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens,
+        num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        grammar=find_grammar(request, grammar),
     )

@@ -1,10 +1,13 @@
-"""JSON schemas for the OpenAPI page, of what is parsed by hand, and the example that the page shows."""
+"""What the OpenAPI page shows of requests and errors: JSON schemas of what is parsed by hand, and examples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
+
+from server.api.errors import ErrorAnswer
 
 # A red square of 32 × 32 pixels.
 EXAMPLE_IMAGE = (
@@ -40,7 +43,7 @@ _IMAGE_PART = {
             "required": ["url"],
             "properties": {
                 "url": {"type": "string", "description": "A data URL or an http(s) URL."},
-                "detail": {"enum": ["auto", "low", "high"], "default": "auto"},
+                "detail": {"enum": ["auto", "low", "high", "original"], "default": "auto"},
             },
         },
     },
@@ -59,35 +62,139 @@ MESSAGES_SCHEMA: dict[str, Any] = {
                 "anyOf": [
                     {"type": "string"},
                     {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT_PART, _IMAGE_PART]}},
-                ]
+                    {"type": "null"},
+                ],
+                "description": "Null only in messages of role 'assistant'.",
             },
+            "tool_calls": {
+                "type": "array",
+                "description": "Of an assistant. The model reads them as text.",
+                "items": {
+                    "type": "object",
+                    "required": ["function"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "required": ["name", "arguments"],
+                            "properties": {"name": {"type": "string"}, "arguments": {"type": "string"}},
+                        },
+                    },
+                },
+            },
+            "tool_call_id": {"type": "string", "description": "Of a message of role 'tool'."},
         },
     },
 }
 
 
-def chat_example(model: str) -> dict[str, Any]:
+# What a streamed answer's body is, beside the schema of one that is not.
+STREAM_CONTENT: dict[str, Any] = {
+    "text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, each with JSON."}}
+}
+_ERRORS = {
+    400: "The request is at fault; `param` and `code` say where and how.",
+    404: "The model is not served here.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "The queue is full; try again after Retry-After seconds.",
+    500: "The server failed this request.",
+    503: "The server is loading, shutting down or broken; try again after Retry-After seconds.",
+}
+_BLUE_IMAGE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGklEQVR42mOUs7nDQApgYiARjGoY1TB0NAAA5nMBViLjv7IAAAAASUVORK5CYII="
+)
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route: those statuses, or all that an endpoint with a body can answer besides 200."""
+    return {status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in statuses or _ERRORS}
+
+
+def chat_examples(model: str) -> dict[str, dict[str, Any]]:
+    """Requests as OpenAPI shows them: a name → a summary and a body."""
+    weather = {
+        "name": "get_weather",
+        "description": "The weather of a place, now.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+            "required": ["place", "unit"],
+            "additionalProperties": False,
+        },
+    }
+    receipt = {
+        "type": "object",
+        "properties": {"shop": {"type": "string"}, "total": {"type": "number"}},
+        "required": ["shop", "total"],
+        "additionalProperties": False,
+    }
     return {
-        "model": model,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": EXAMPLE_IMAGE}},
-                    {"type": "text", "text": "Which colour is this?"},
-                ],
-            }
-        ],
-        "max_completion_tokens": 64,
-        "temperature": 0,
+        "image": _example(
+            "A picture and a question",
+            model,
+            [_picture(EXAMPLE_IMAGE), {"type": "text", "text": "Which colour is this?"}],
+            max_completion_tokens=64,
+            temperature=0,
+        ),
+        "text": _example("Text alone", model, "Name three primary colours.", max_completion_tokens=64),
+        "two_images": _example(
+            "Two pictures, the second in more detail",
+            model,
+            [
+                _picture(EXAMPLE_IMAGE, detail="low"),
+                _picture(_BLUE_IMAGE, detail="high"),
+                {"type": "text", "text": "What is the difference?"},
+            ],
+            max_completion_tokens=64,
+        ),
+        "structured": _example(
+            "An answer that keeps to a JSON schema",
+            model,
+            [_picture(EXAMPLE_IMAGE), {"type": "text", "text": "Read this receipt."}],
+            response_format={"type": "json_schema", "json_schema": {"name": "receipt", "schema": receipt}},
+            max_completion_tokens=128,
+        ),
+        "tools": _example(
+            "A call that must be made",
+            model,
+            "Is it warm in Oslo?",
+            tools=[{"type": "function", "function": weather}],
+            tool_choice={"type": "function", "function": {"name": "get_weather"}},
+            max_completion_tokens=128,
+        ),
+        "streaming": _example(
+            "Two answers at once, as events, with log-probabilities and token counts",
+            model,
+            "Count to ten.",
+            n=2,
+            logprobs=True,
+            top_logprobs=2,
+            max_completion_tokens=32,
+            stream=True,
+            stream_options={"include_usage": True},
+        ),
     }
 
 
-def request_body(body: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    """What FastAPI would write for a body that it parsed itself."""
+def _example(summary: str, model: str, content: str | list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "value": {"model": model, "messages": [{"role": "user", "content": content}], **fields},
+    }
+
+
+def _picture(url: str, **detail: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **detail}}
+
+
+def request_body(body: type[BaseModel], examples: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What FastAPI would write for a body that it parsed itself. `examples`: a name → a summary and a value."""
     schema = body.model_json_schema()
     definitions = schema.pop("$defs", {})
-    content = {"application/json": {"schema": _inline(schema, definitions), "example": example}}
+    content = {"application/json": {"schema": _inline(schema, definitions), "examples": dict(examples)}}
     return {"requestBody": {"required": True, "content": content}}
 
 

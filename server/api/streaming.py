@@ -1,14 +1,14 @@
-"""RequestOutput → chat.completion.chunk → server-sent events.
+"""RequestOutput → server-sent events, for every endpoint that streams; and the chunks of a plain chat answer.
 
 This is the API's hot path, once for every token of every stream: what is constant in a chunk is encoded once a
-stream, and a token costs one JSON string and one concatenation.
+stream, and a token costs one JSON string and one concatenation. Answers with more than text are `chat_chunks.py`'s.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -27,82 +27,111 @@ logger = logging.getLogger(__name__)
 # A reader that takes nothing for so long is gone, whatever its socket says.
 SEND_TIMEOUT_SECONDS = 60.0
 
-_EVENT = b"data: "
-_END = b"\n\n"
-_DONE = b"data: [DONE]\n\n"
+EVENT = b"data: "
+END = b"\n\n"
+DONE = b"data: [DONE]\n\n"
 
 # JSON lets these stand unescaped, but clients that split text into lines break an event there.
 _LINE_BREAKS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
 
+_to_json = msgspec.json.Encoder().encode
+
+
+class EventEncoder(Protocol):
+    """Writes the events of one response. Each method gives whole events, or no bytes."""
+
+    num_choices: int
+
+    def opening(self, first: RequestOutput) -> bytes:
+        """What stands before all else, once the first output is there. Its text is not written here."""
+
+    def content(self, output: RequestOutput) -> bytes:
+        """An output that does not end its choice."""
+
+    def finish(self, output: RequestOutput, reason: str) -> bytes:
+        """The last output of a choice; `reason` is "stop" or "length"."""
+
+    def end(self, usage: Usage) -> bytes:
+        """What stands after all else, when every choice has ended."""
+
 
 class ChunkEncoder:
-    """Writes the events of one stream. `head` holds what all its chunks share: id, object, created, model."""
+    """Writes the chunks of a chat answer of text. `head` holds what all share: id, object, created, model."""
 
-    def __init__(self, head: dict[str, Any], options: StreamOptions) -> None:
+    def __init__(self, head: dict[str, Any], options: StreamOptions, *, num_choices: int = 1) -> None:
+        self.num_choices = num_choices
         self._usage_at_end = options.include_usage
         self._usage_always = options.include_usage and options.continuous_usage_stats
         self._usage_null = b',"usage":null' if options.include_usage else b""
         # Open at the end: the choices follow.
-        self._head = _EVENT + msgspec.json.encode(head)[:-1] + b',"choices":['
-        self._content_start = self._head + b'{"index":0,"delta":{"content":'
-        self._content_end = b'},"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}" + _END
+        self._head = EVENT + msgspec.json.encode(head)[:-1] + b',"choices":['
+        self._content_starts = [self._head + b'{"index":%d,"delta":{"content":' % index for index in range(num_choices)]
+        self._content_end = b'},"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}" + END
 
-    def role(self, usage: Usage) -> bytes:
-        """The chunk that opens the answer, before any of its text."""
-        delta = b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        before_first_token = msgspec.structs.replace(usage, completion_tokens=0)
-        return self._head + delta + self._usage(before_first_token) + b"}" + _END
+    def opening(self, first: RequestOutput) -> bytes:
+        """One chunk for each choice, in order: clients count them."""
+        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+        before_first_token = msgspec.structs.replace(first.usage, completion_tokens=0)
+        rest = delta + self._usage(before_first_token) + b"}" + END
+        return b"".join(self._head + b'{"index":%d,' % index + rest for index in range(self.num_choices))
 
     def content(self, output: RequestOutput) -> bytes:
-        """An output that ends nothing. No bytes for one without text: an empty delta is a token to a benchmark."""
+        """No bytes for an output without text: an empty delta is a token to a benchmark."""
         if not output.text:
             return b""
         if self._usage_always:
-            delta = _encode(output.text) + b'},"logprobs":null,"finish_reason":null}]'
-            return self._content_start + delta + self._usage(output.usage) + b"}" + _END
-        return self._content_start + _encode(output.text) + self._content_end
+            delta = encode(output.text) + b'},"logprobs":null,"finish_reason":null}]'
+            return self._content_starts[output.index] + delta + self._usage(output.usage) + b"}" + END
+        return self._content_starts[output.index] + encode(output.text) + self._content_end
 
     def finish(self, output: RequestOutput, reason: str) -> bytes:
-        """The last output's text and why it was the last, then the token counts if they were asked for, then the end.
+        """`stop_reason` is told only where there is one, so that an ordinary stream is OpenAI's to the byte."""
+        delta = b'{"content":' + encode(output.text) + b"}" if output.text else b"{}"
+        stop = b"" if output.stop_reason is None else b',"stop_reason":' + encode(output.stop_reason)
+        choice = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":"%b"%b}]' % (
+            *(output.index, delta, reason.encode(), stop),
+        )
+        return self._head + choice + self._usage(output.usage) + b"}" + END
 
-        `stop_reason` is told only where there is one, so that an ordinary stream is OpenAI's to the byte.
-        """
-        delta = b'{"content":' + _encode(output.text) + b"}" if output.text else b"{}"
-        stop = b"" if output.stop_reason is None else b',"stop_reason":' + _encode(output.stop_reason)
-        choice = b'{"index":0,"delta":%b,"logprobs":null,"finish_reason":"%b"%b}]' % (delta, reason.encode(), stop)
-        last = self._head + choice + self._usage(output.usage) + b"}" + _END
+    def end(self, usage: Usage) -> bytes:
         if not self._usage_at_end:
-            return last + _DONE
-        return last + self._head + b'],"usage":' + _encode_usage(output.usage) + b"}" + _END + _DONE
+            return DONE
+        return self._head + b'],"usage":' + encode_usage(usage) + b"}" + END + DONE
 
     def _usage(self, usage: Usage) -> bytes:
-        return b',"usage":' + _encode_usage(usage) if self._usage_always else self._usage_null
+        return b',"usage":' + encode_usage(usage) if self._usage_always else self._usage_null
 
 
 def encode_error(error: ServerError) -> bytes:
     """What ends a stream that cannot go on: clients raise it, and the missing finish_reason says the same again."""
-    return _EVENT + _encode(error_object(error)) + _END + _DONE
+    return EVENT + encode(error_object(error)) + END + DONE
 
 
 async def chat_events(
-    first: RequestOutput, rest: AsyncIterator[RequestOutput], encoder: ChunkEncoder
+    first: RequestOutput, rest: AsyncIterator[RequestOutput], encoder: EventEncoder
 ) -> AsyncIterator[bytes]:
-    """All events of one answer. Errors become the last event, since the status has been sent."""
+    """All events of one response, one item for each write. Errors become the last event: the status has been sent."""
+    num_open = encoder.num_choices
     try:
         reason = _finish_reason(first)
-        opening = encoder.role(first.usage)
-        if reason is not None:
-            yield opening + encoder.finish(first, reason)
+        events = encoder.opening(first) + (encoder.content(first) if reason is None else encoder.finish(first, reason))
+        num_open -= reason is not None
+        if not num_open:
+            yield events + encoder.end(first.usage)
             return
-        yield opening + encoder.content(first)
+        yield events
         async for output in rest:
             reason = _finish_reason(output)
-            if reason is not None:
-                yield encoder.finish(output, reason)
-                return
-            event = encoder.content(output)
-            if event:
-                yield event
+            if reason is None:
+                events = encoder.content(output)
+            else:
+                events = encoder.finish(output, reason)
+                num_open -= 1
+                if not num_open:
+                    yield events + encoder.end(output.usage)
+                    return
+            if events:
+                yield events
         raise RequestFailedError("the answer ended without a reason")
     except ServerError as error:
         logger.warning("stream ended by %s: %s", error.code, error.message)
@@ -120,7 +149,7 @@ class ChatEventResponse(EventSourceResponse):
         first: RequestOutput,
         rest: AsyncIterator[RequestOutput],
         *,
-        encoder: ChunkEncoder,
+        encoder: EventEncoder,
         keep_alive_seconds: float,
     ) -> None:
         super().__init__(
@@ -157,14 +186,14 @@ def _finish_reason(output: RequestOutput) -> str | None:
     return reason
 
 
-def _encode(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
     """JSON in UTF-8 in which nothing looks like the end of a line."""
-    encoded = msgspec.json.encode(value)
+    encoded = _to_json(value)
     if not encoded.isascii():
         for raw, escaped in _LINE_BREAKS:
             encoded = encoded.replace(raw, escaped)
     return encoded
 
 
-def _encode_usage(usage: Usage) -> bytes:
+def encode_usage(usage: Usage) -> bytes:
     return CompletionUsage.from_usage(usage).model_dump_json().encode()

@@ -6,7 +6,7 @@ A field that is merely a hint, or that clients send to every server, is ignored 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from server.errors import ClientError
@@ -18,29 +18,20 @@ _PARAMETERS: Mapping[str, tuple[object, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "chat_template": (),
-    "continue_final_message": (False,),
     "custom_logit_processor": (),
+    "early_stopping": (False,),
     "ebnf": (),
     "function_call": ("none", "auto"),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "logprob_token_ids": ([],),
     "lora_path": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "moderation": (),
     "prompt_logprobs": (),
-    "regex": (),
     "return_hidden_states": (False,),
     "return_prompt_text": (False,),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "stop_regex": ([],),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "watermark": (False,),
     "web_search_options": (),
@@ -48,7 +39,6 @@ _PARAMETERS: Mapping[str, tuple[object, ...]] = {
 # Fields of which some values are served: these.
 _VALUES: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
-    "best_of": (1,),
     "echo": (False,),
     "modalities": (["text"],),
     "spaces_between_special_tokens": (True,),
@@ -58,13 +48,16 @@ _VALUES: Mapping[str, tuple[object, ...]] = {
 _MISTAKEN = {"repeat_penalty": "repetition_penalty"}
 
 
-def refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """Raise ClientError for the first field of a request body that would have to be honoured and is not."""
+def refuse_unsupported(body: Mapping[str, Any], *, served: Collection[str] = ()) -> None:
+    """Raise ClientError for the first field of a request body that would have to be honoured and is not.
+
+    `served` are those of these fields that the endpoint knows itself what to do with.
+    """
     for name, harmless in _PARAMETERS.items():
-        if name in body and not _is_harmless(body[name], harmless):
+        if name in body and name not in served and not _is_harmless(body[name], harmless):
             raise unsupported_parameter(name)
     for name, harmless in _VALUES.items():
-        if name in body and not _is_harmless(body[name], harmless):
+        if name in body and name not in served and not _is_harmless(body[name], harmless):
             raise unsupported_value(name, f"only {harmless[0]!r} is")
     for name, better in _MISTAKEN.items():
         if body.get(name) is not None:

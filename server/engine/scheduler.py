@@ -204,9 +204,10 @@ class Scheduler:
             self._plan(step, request, num_tokens, prefix + added, resumed=True)
 
     def _note_start(self, step: _Step, request: Request, num_cached: int) -> None:
-        self._counts["prefix_queries"] += request.num_tokens
-        self._counts["prefix_hits"] += num_cached
         if request.first_scheduled_time is None:
+            # Not after a preemption: what it finds then it has computed itself.
+            self._counts["prefix_queries"] += request.num_tokens
+            self._counts["prefix_hits"] += num_cached
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = num_cached
             source = request.source
@@ -431,6 +432,7 @@ class Scheduler:
         return StepStats(
             num_running=len(self._running),
             num_waiting=self.num_waiting,
+            num_held=len(self._held),
             num_blocks=self.kv.pool.num_blocks,
             num_used_blocks=self.kv.pool.num_used,
             step_seconds=step_seconds,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ import server
 from server.errors import ClientError, UnavailableError
 from server.inputs.image_processor import tile_count
 from server.inputs.image_worker import Job, Reply
+from server.observability.metrics import ServerMetrics
 from server.types import ImageSettings, Tile
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,9 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 class ImagePool:
     """`workers` processes that decode and resize. `start` it inside the event loop that uses it, and `close` it."""
 
-    def __init__(self, workers: int, timeout: float, *, max_pixels: int, settings: ImageSettings) -> None:
+    def __init__(
+        self, workers: int, timeout: float, *, max_pixels: int, settings: ImageSettings, metrics: ServerMetrics
+    ) -> None:
         """`timeout` is seconds for one image in a worker, not counting the wait for a free one."""
         # Decoded pixels take 4 bytes each, and alpha and turning need up to four copies more at once.
         memory_bytes = (1 << 30) + 24 * max_pixels
@@ -44,6 +48,7 @@ class ImagePool:
         self._timeout = timeout
         self._max_pixels = max_pixels
         self._settings = settings
+        self._metrics = metrics
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         self._renewals: set[asyncio.Task[None]] = set()
         self._open = False
@@ -88,8 +93,9 @@ class ImagePool:
             if not worker.running:  # it died while idle, which is no fault of this image
                 await worker.restart()
             job = Job(data_length=len(data), split=split, max_pixels=self._max_pixels, settings=self._settings)
+            started = time.perf_counter()
             async with asyncio.timeout(self._timeout):
-                answer = await worker.ask(job, data)
+                reply, tiles = await worker.ask(job, data)
             healthy = True
         except TimeoutError:
             raise ClientError(
@@ -100,13 +106,22 @@ class ImagePool:
             raise ClientError("the image could not be decoded", code="image_parse_error", param=param) from None
         finally:
             self._give_back(worker, healthy=healthy)
-        if isinstance(answer, Reply):
-            raise ClientError(answer.message, code=answer.code, param=param)
-        return answer
+        if reply.code is not None:
+            raise ClientError(reply.message, code=reply.code, param=param)
+        self._record(reply, time.perf_counter() - started)
+        return tiles
+
+    def _record(self, reply: Reply, seconds: float) -> None:
+        """Count a worker's own times, unless they cannot be true: a hostile file may have taken it over."""
+        decode, preprocess = reply.decode_seconds, reply.preprocess_seconds
+        if decode >= 0 and preprocess >= 0 and decode + preprocess <= seconds:
+            self._metrics.record_image_decode(decode, preprocess_seconds=preprocess)
 
     async def _take(self) -> _Worker:
         self._check_open()
+        started = time.perf_counter()
         worker = await self._idle.get()
+        self._metrics.record_image_wait(time.perf_counter() - started)
         try:
             self._check_open()
         except UnavailableError:
@@ -174,8 +189,8 @@ class _Worker:
             await self.stop()
             raise UnavailableError("no image worker could be started", code="image_worker_unavailable") from None
 
-    async def ask(self, job: Job, data: bytes) -> tuple[Tile, ...] | Reply:
-        """Tiles, or the Reply that says why there are none. Raises _WorkerLostError.
+    async def ask(self, job: Job, data: bytes) -> tuple[Reply, tuple[Tile, ...]]:
+        """The reply and its tiles, or the reply that says why there are none. Raises _WorkerLostError.
 
         If this is cancelled, the worker is in the middle of something and must be restarted.
         """
@@ -191,10 +206,10 @@ class _Worker:
                 await stdin.drain()
             reply = await self._read_reply(stdout)
             if reply.code is not None:
-                return reply
+                return reply, ()
             if len(reply.tiles) != tile_count(split=job.split):
                 raise _WorkerLostError
-            return await self._read_tiles(stdout, reply)
+            return reply, await self._read_tiles(stdout, reply)
         except OSError:
             raise _WorkerLostError from None
 

@@ -7,11 +7,10 @@ content of the file, never by its URL: what a URL leads to may change.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -20,20 +19,12 @@ from server.errors import ClientError
 from server.inputs.image_fetch import ImageFetcher, parse_data_url
 from server.inputs.image_pool import ImagePool
 from server.inputs.image_processor import tile_count
+from server.observability.metrics import ServerMetrics
 from server.types import ImageDetail, ImageInput, ImageSettings, Tile
 
-Observe = Callable[[float], None]
 Tiles = tuple[Tile, ...]
 
 _ENTRY_OVERHEAD_BYTES = 1024  # keys and objects beside the pixels, so that many small entries count for something
-
-
-def _ignore(seconds: float) -> None:
-    """Record nothing."""
-
-
-def _ignore_code(code: str) -> None:
-    """Record nothing."""
 
 
 class ImageLoader:
@@ -48,15 +39,11 @@ class ImageLoader:
         splitting: Literal["auto", "on", "off"],
         max_bytes: int,
         cache_bytes: int = 256 << 20,
-        observe_fetch: Observe = _ignore,
-        observe_decode: Observe = _ignore,
-        observe_error: Callable[[str], None] = _ignore_code,
+        metrics: ServerMetrics,
     ) -> None:
         """`splitting` is what detail "auto" means, and its own "auto" is the checkpoint's `do_image_splitting`.
 
-        `max_bytes` bounds a data URL's file, `cache_bytes` the tiles kept; 0 keeps none. `observe_fetch` gets the
-        seconds of each download, `observe_decode` those of each decode with its wait for a worker, `observe_error` the
-        code of the error that ended a request.
+        `max_bytes` bounds a data URL's file, `cache_bytes` the tiles kept; 0 keeps none.
         """
         self._fetcher = fetcher
         self._pool = pool
@@ -64,9 +51,7 @@ class ImageLoader:
         self._settings_bytes = msgspec.msgpack.encode(settings)
         self._max_bytes = max_bytes
         self._cache = _TileCache(cache_bytes)
-        self._observe_fetch = observe_fetch
-        self._observe_decode = observe_decode
-        self._observe_error = observe_error
+        self._metrics = metrics
 
     async def start(self) -> None:
         """Raises UnavailableError if an image worker does not come up."""
@@ -103,26 +88,31 @@ class ImageLoader:
             # A failed file also fails the tasks that wait for it, with the same exception.
             first = failures.exceptions[0]
             if isinstance(first, ClientError):
-                self._observe_error(first.code)
+                self._metrics.record_image_error(first.code)
             raise first from None
+        if images:
+            inline = sum(_is_data_url(image.url) for image in images)
+            self._metrics.record_images(data=inline, http=len(images) - inline)
         return [tiles[key].result() for key in wanted]
 
     def _is_split(self, detail: ImageDetail) -> bool:
         return self._split_by_default if detail == "auto" else detail == "high"
 
     async def _read(self, url: str, param: str) -> bytes:
-        if url[:5].lower() == "data:":
+        if _is_data_url(url):
             return await asyncio.to_thread(parse_data_url, url, max_bytes=self._max_bytes, param=param)
-        with _timed(self._observe_fetch):
-            return await self._fetcher.fetch(url, param=param)
+        started = time.perf_counter()
+        data = await self._fetcher.fetch(url, param=param)
+        self._metrics.record_image_fetch(time.perf_counter() - started)
+        return data
 
     async def _tiles(self, file: asyncio.Task[bytes], *, split: bool, param: str) -> Tiles:
         data = await file
         key = await asyncio.to_thread(self._content_key, data, split)
         tiles = self._cache.get(key)
+        self._metrics.record_image_lookup(hit=tiles is not None)
         if tiles is None:
-            with _timed(self._observe_decode):
-                tiles = await self._pool.tiles(data, split=split, param=param)
+            tiles = await self._pool.tiles(data, split=split, param=param)
             self._cache.put(key, tiles)
         return tiles
 
@@ -163,9 +153,5 @@ def _size(tiles: Tiles) -> int:
     return _ENTRY_OVERHEAD_BYTES + sum(len(tile.pixels) for tile in tiles)
 
 
-@contextlib.contextmanager
-def _timed(observe: Observe) -> Iterator[None]:
-    """Report how long the block took, if it succeeds."""
-    start = time.perf_counter()
-    yield
-    observe(time.perf_counter() - start)
+def _is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"

@@ -22,7 +22,8 @@ from server.inputs.chat_template import ChatTemplate, ImageSegment, SpecialSegme
 from server.inputs.images import ImageLoader
 from server.inputs.placeholders import PromptIds
 from server.inputs.tokenizer import Tokenizer
-from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, TextPart, Truncation, Turn
+from server.observability.metrics import ServerMetrics
+from server.types import ChatInput, EngineRequest, GrammarSpec, ImageInput, PromptInput, TextPart, Truncation, Turn
 
 # Encoding this much text takes about a millisecond; more of it goes to a thread.
 INLINE_CHARACTERS = 4096
@@ -41,6 +42,7 @@ class InputProcessor:
         template: ChatTemplate,
         images: ImageLoader,
         grammars: Any = None,
+        metrics: ServerMetrics,
         rows_per_tile: int,
         eos_token_ids: tuple[int, ...],
         max_images: int,
@@ -49,6 +51,7 @@ class InputProcessor:
         self._template = template
         self._images = images
         self._grammars = grammars
+        self._metrics = metrics
         self._rows_per_tile = rows_per_tile
         self._eos_token_ids = eos_token_ids
         self._max_images = max_images
@@ -65,12 +68,10 @@ class InputProcessor:
         arrival_time = time.monotonic()
         prompt = await self.encode_input(item, max_model_len=max_model_len)
         sampling = item.sampling
-        if item.truncation is not None:
-            prompt = _truncate(prompt, item.truncation, room=max_model_len - (sampling.max_tokens or 1))
         num_tokens = len(prompt.token_ids)
         _check_length(num_tokens, max_model_len, param=_param(item))
         if sampling.grammar is not None:
-            await asyncio.to_thread(self._grammars.compile, sampling.grammar)
+            await self._check_grammar(sampling.grammar)
         tiles = [tile for loaded in await self._images.load(_images(item)) for tile in loaded]
         room = max_model_len - num_tokens
         return EngineRequest(
@@ -92,10 +93,19 @@ class InputProcessor:
             continues_text=_continues_text(item),
         )
 
+    async def _check_grammar(self, spec: GrammarSpec) -> None:
+        started, accepted = time.perf_counter(), False
+        try:
+            await asyncio.to_thread(self._grammars.compile, spec, leading_space=True)
+            accepted = True
+        finally:
+            self._metrics.record_grammar(spec.kind, seconds=time.perf_counter() - started, accepted=accepted)
+
     async def encode_input(self, item: ChatInput | PromptInput, *, max_model_len: int) -> PromptIds:
         """Ids and placeholders of what a client sent. Raises ClientError also for a text that cannot fit, unread."""
         images = _images(item)
         if len(images) > self._max_images:
+            self._metrics.record_image_error("too_many_images")
             raise ClientError(
                 f"a request may hold {self._max_images} images, this one holds {len(images)}",
                 param="messages",
@@ -105,8 +115,12 @@ class InputProcessor:
         at_least = self.tokenizer.min_tokens(num_characters)
         _check_length(at_least, max_model_len, param=_param(item), is_lower_bound=True)
         if num_characters <= INLINE_CHARACTERS:
-            return self._encode_item(item)
-        return await asyncio.to_thread(self._encode_item, item)
+            prompt = self._encode_item(item)
+        else:
+            prompt = await asyncio.to_thread(self._encode_item, item)
+        if item.truncation is None:
+            return prompt
+        return _truncate(prompt, item.truncation, room=max_model_len - (item.sampling.max_tokens or 1))
 
     def _encode_item(self, item: ChatInput | PromptInput) -> PromptIds:
         if isinstance(item, PromptInput):

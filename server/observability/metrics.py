@@ -1,127 +1,111 @@
-"""All metrics of a server. The only module that knows prometheus_client; callers hand in plain numbers.
+"""All metrics of a server: what is recorded, and the page that Prometheus scrapes. Callers hand in plain numbers.
 
-Names begin with `idefics2:`. Labels are few and bounded: never a user, an URL or a request id.
+Everything is counted once, in `Instruments`; `names.py` and `vllm_names.py` only tell it. What happens once a token is
+one append to a list, counted with the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import Counter
+from typing import Literal
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
+from server.observability.exposition import CONTENT_TYPE, Family
+from server.observability.instruments import FINISH_REASONS, IMAGE_ERRORS, EngineFacts, Instruments
+from server.observability.names import own_families
+from server.observability.vllm_names import vllm_families
 from server.types import StepStats
 
-PREFIX = "idefics2:"
-FINISH_REASONS = ("stop", "length", "abort", "error")
+__all__ = ["FAMILY_NAMES", "FINISH_REASONS", "ServerMetrics"]
 
-_MILLISECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_TOKEN_SECONDS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
-)
-_FIRST_TOKEN_SECONDS = (
-    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75),
-    *(1.0, 1.5, 2.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0),
-)
-_REQUEST_SECONDS = (
-    *(0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0),
-    *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
-)
-_TOKENS = tuple(float(digit * 10**power) for power in range(5) for digit in (1, 2, 5))
+# The code of an error that says "not now" → why. Other codes count as "other", so that there are no more series.
+_REJECTIONS = {
+    "queue_full": "queue_full",
+    "server_shutting_down": "draining",
+    "model_loading": "loading",
+    "engine_unavailable": "engine_dead",
+}
 
 
 class ServerMetrics:
     """Made once a server; two servers in a process share nothing. All methods are cheap and thread-safe."""
 
-    def __init__(self, model_name: str) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, model_name: str, *, compat: Literal["vllm", "none"] = "vllm") -> None:
+        """`compat` "vllm" tells the same numbers under vLLM's names too."""
         self._model_name = model_name
-        self._init_engine()
-        self._init_requests()
-        self._init_images()
-        self._http_requests = Counter(
-            f"{PREFIX}http_requests",
-            "HTTP requests answered; 499 is a client that left.",
-            ("handler", "method", "status"),
-            registry=self._registry,
-        )
-        self._http_seconds = Histogram(
-            f"{PREFIX}http_request_duration_seconds",
-            "From the first byte of a request to the last of its answer.",
-            ("handler", "method"),
-            buckets=_REQUEST_SECONDS,
-            registry=self._registry,
-        )
+        self._compat = compat
+        self._created = time.time()
+        self._numbers = Instruments()
+        self._families = self._name(None)
+        self._gaps: list[float] = []
+        self._lock = threading.Lock()
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)  # processor time, memory and files, under their usual names
 
-    def _init_engine(self) -> None:
-        self._running = self._gauge("num_requests_running", "Requests in the running batch.")
-        self._waiting = self._gauge("num_requests_waiting", "Requests queued for the batch.")
-        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
-        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._tile_queries = self._counter("tile_cache_queries", "Tiles looked up in the encoder cache.")
-        self._tile_hits = self._counter("tile_cache_hits", "Tiles found in the encoder cache.")
-        self._tiles_encoded = self._counter("tiles_encoded", "Tiles run through the vision tower.")
-        self._preemptions = self._counter("num_preemptions", "Requests put back into the queue for lack of blocks.")
-        self._step_seconds = self._histogram("step_seconds", "Length of an engine step.", _MILLISECONDS)
-        self._encode_seconds = self._histogram(
-            "image_encode_seconds", "Time in the vision tower, in steps that encode tiles.", _MILLISECONDS
-        )
+    def _name(self, facts: EngineFacts | None) -> list[Family]:
+        families = own_families(self._numbers, self._model_name, facts)
+        if self._compat == "vllm":
+            families += vllm_families(self._numbers, self._model_name, facts, created=self._created)
+        return families
 
-    def _init_requests(self) -> None:
-        self._requests = Counter(
-            f"{PREFIX}requests",
-            "Requests ended, by reason.",
-            ("model_name", "finish_reason"),
-            registry=self._registry,
-        )
-        for reason in FINISH_REASONS:
-            self._requests.labels(self._model_name, reason)
-        self._first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_SECONDS
-        )
-        self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN_SECONDS)
-        self._time_per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean of a request, after its first token.", _TOKEN_SECONDS
-        )
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_SECONDS)
-        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the batch.", _REQUEST_SECONDS)
-        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self._answer_length = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+    # -- the engine ----------------------------------------------------------------------------------------------
 
-    def _init_images(self) -> None:
-        self._images = self._counter("images", "Images accepted.")
-        self._image_errors = Counter(
-            f"{PREFIX}image_errors", "Images refused, by error code.", ("model_name", "code"), registry=self._registry
+    def record_engine(self, *, max_model_len: int, num_blocks: int, block_size: int, num_tile_slots: int) -> None:
+        """The engine is ready: tell its sizes, and no bucket that its context cannot reach. Before any request."""
+        facts = EngineFacts(
+            max_model_len=max_model_len, num_blocks=num_blocks, block_size=block_size, num_tile_slots=num_tile_slots
         )
-        self._fetch_seconds = self._histogram("image_fetch_seconds", "Download of one image.", _MILLISECONDS)
-        self._decode_seconds = self._histogram("image_decode_seconds", "Decode and resize of one image.", _MILLISECONDS)
+        with self._lock:
+            self._families = self._name(facts)
 
-    def record_step(self, stats: StepStats) -> None:
-        self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
-        self._kv_usage.set(stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0)
-        self._prompt_tokens.inc(stats.num_prompt_tokens)
-        self._generation_tokens.inc(stats.num_generated_tokens)
-        self._preemptions.inc(stats.num_preemptions)
-        self._prefix_queries.inc(stats.prefix_queries)
-        self._prefix_hits.inc(stats.prefix_hits)
-        self._tile_queries.inc(stats.tile_queries)
-        self._tile_hits.inc(stats.tile_hits)
-        self._tiles_encoded.inc(stats.num_encoded_tiles)
-        self._step_seconds.observe(stats.step_seconds)
-        if stats.num_encoded_tiles:
-            self._encode_seconds.observe(stats.encode_seconds)
+    def record_step(self, stats: StepStats, *, num_deferred: int = 0) -> None:
+        """A step, or only gauges and counts where `step_seconds` is 0.
+
+        `num_deferred` of those that wait do so for something else than room: a grammar, or a prompt that they share.
+        """
+        numbers = self._numbers
+        with self._lock:
+            if self._gaps:
+                self._count_gaps()
+            numbers.running.value = float(stats.num_running)
+            numbers.waiting.value = float(stats.num_waiting)
+            numbers.waiting_by_reason["capacity",].value = float(stats.num_waiting - num_deferred)
+            numbers.waiting_by_reason["deferred",].value = float(num_deferred)
+            numbers.kv_usage.value = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+            numbers.prompt_tokens.value += stats.num_prompt_tokens
+            numbers.generation_tokens.value += stats.num_generated_tokens
+            numbers.preemptions.value += stats.num_preemptions
+            numbers.prefix_queries.value += stats.prefix_queries
+            numbers.prefix_hits.value += stats.prefix_hits
+            numbers.tile_queries.value += stats.tile_queries
+            numbers.tile_hits.value += stats.tile_hits
+            numbers.tiles_encoded.value += stats.num_encoded_tiles
+            if stats.step_seconds:
+                numbers.step_seconds.observe(stats.step_seconds)
+                numbers.step_tokens.observe(stats.num_prompt_tokens + stats.num_generated_tokens)
+            if stats.num_encoded_tiles:
+                numbers.encode_seconds.observe(stats.encode_seconds)
+
+    # -- requests and answers ------------------------------------------------------------------------------------
 
     def record_first_token(self, seconds: float) -> None:
-        """Time from a request's arrival to its first token."""
-        self._first_token.observe(seconds)
+        """Time from a request's arrival to an answer's first token."""
+        with self._lock:
+            self._numbers.first_token.observe(seconds)
 
     def record_gap(self, seconds: float) -> None:
-        """Time between two tokens of a request."""
-        self._gap.observe(seconds)
+        """Time between two tokens of an answer. Once a token: counted with the next step or scrape."""
+        self._gaps.append(seconds)
+
+    def _count_gaps(self) -> None:
+        """Streams that had a token in both of two steps have the very same gap, so few numbers differ."""
+        gaps = self._gaps[:]  # others may append meanwhile
+        del self._gaps[: len(gaps)]
+        for seconds, times in Counter(gaps).items():
+            self._numbers.gap.observe(seconds, times)
 
     def record_finished(
         self,
@@ -132,50 +116,115 @@ class ServerMetrics:
         generation_tokens: int,
         queue_seconds: float | None = None,
         decode_seconds: float | None = None,
+        first_token_seconds: float | None = None,
+        cached_tokens: int = 0,
+        num_preemptions: int = 0,
     ) -> None:
-        """A request has ended, also by abort or error.
+        """An answer has ended, also by abort or error.
 
-        `queue_seconds` is from arrival to the batch, None if it never got there; `decode_seconds` is from the first
-        token to the last, None if there was none.
+        `queue_seconds` is from arrival to the batch, None if it never got there; `first_token_seconds` is from arrival
+        to the first token and `decode_seconds` from there to the last, None if there was none.
         """
-        self._requests.labels(self._model_name, reason).inc()
-        self._e2e.observe(e2e_seconds)
-        self._prompt_length.observe(prompt_tokens)
-        self._answer_length.observe(generation_tokens)
-        if queue_seconds is not None:
-            self._queue.observe(queue_seconds)
-        if decode_seconds is not None and generation_tokens > 1:
-            self._time_per_token.observe(decode_seconds / (generation_tokens - 1))
+        numbers = self._numbers
+        with self._lock:
+            numbers.finished[reason,].value += 1
+            numbers.e2e.observe(e2e_seconds)
+            numbers.prompt_length.observe(prompt_tokens)
+            numbers.answer_length.observe(generation_tokens)
+            numbers.request_preemptions.observe(num_preemptions)
+            if queue_seconds is not None:
+                numbers.queue.observe(queue_seconds)
+            if first_token_seconds is not None:
+                numbers.computed_prompt.observe(prompt_tokens - cached_tokens)
+            if decode_seconds is not None:
+                numbers.decode.observe(decode_seconds)
+                if generation_tokens > 1:
+                    numbers.time_per_token.observe(decode_seconds / (generation_tokens - 1))
+            if queue_seconds is not None and first_token_seconds is not None:
+                prefill_seconds = first_token_seconds - queue_seconds
+                numbers.prefill.observe(prefill_seconds)
+                numbers.inference.observe(prefill_seconds + (decode_seconds or 0.0))
+
+    def record_request(self, *, n: int, max_tokens: int, longest_answer: int) -> None:
+        """All `n` answers of a request have ended; they were allowed `max_tokens` each."""
+        with self._lock:
+            self._numbers.num_answers.observe(n)
+            self._numbers.max_tokens.observe(max_tokens)
+            self._numbers.longest_answer.observe(longest_answer)
+
+    def record_rejection(self, code: str) -> None:
+        """A request is refused because of the server's state; `code` is the error's."""
+        with self._lock:
+            self._numbers.rejections[_REJECTIONS.get(code, "other"),].value += 1
+
+    def record_grammar(self, kind: str, *, seconds: float, accepted: bool) -> None:
+        """A grammar has been compiled or refused; `kind` is GrammarSpec's."""
+        with self._lock:
+            self._numbers.grammars[kind, "accepted" if accepted else "refused"].value += 1
+            self._numbers.compile_seconds.observe(seconds)
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def record_images(self, *, data: int, http: int) -> None:
+        """A request's images are loaded: so many came as data URLs, so many were downloaded."""
+        with self._lock:
+            self._numbers.images["data",].value += data
+            self._numbers.images["http",].value += http
+            self._numbers.images_per_request.observe(data + http)
+
+    def record_image_lookup(self, *, hit: bool) -> None:
+        """Whether an image was found among those decoded before."""
+        with self._lock:
+            self._numbers.image_queries.value += 1
+            self._numbers.image_hits.value += hit
 
     def record_image_fetch(self, seconds: float) -> None:
-        self._fetch_seconds.observe(seconds)
+        with self._lock:
+            self._numbers.fetch_seconds.observe(seconds)
 
-    def record_image_decode(self, seconds: float) -> None:
-        """An image has been decoded and resized, which also counts it as accepted."""
-        self._images.inc()
-        self._decode_seconds.observe(seconds)
+    def record_image_wait(self, seconds: float) -> None:
+        """Time until a worker was free for an image."""
+        with self._lock:
+            self._numbers.image_wait_seconds.observe(seconds)
+
+    def record_image_decode(self, seconds: float, *, preprocess_seconds: float | None = None) -> None:
+        """An image has been decoded, and then cut and resized."""
+        with self._lock:
+            self._numbers.decode_seconds.observe(seconds)
+            if preprocess_seconds is not None:
+                self._numbers.preprocess_seconds.observe(preprocess_seconds)
 
     def record_image_error(self, code: str) -> None:
-        """`code` is the error's code as the client sees it, of which there are few."""
-        self._image_errors.labels(self._model_name, code).inc()
+        """A request is refused for an image; `code` is the error's, as the client sees it."""
+        with self._lock:
+            self._numbers.image_errors[code if code in IMAGE_ERRORS else "other",].value += 1
+
+    # -- HTTP ----------------------------------------------------------------------------------------------------
 
     def record_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
         """`handler` is the route's template, never the path."""
-        self._http_requests.labels(handler, method, str(status)).inc()
-        self._http_seconds.labels(handler, method).observe(seconds)
+        with self._lock:
+            self._numbers.http_requests[handler, method, str(status)].value += 1
+            self._numbers.http_seconds[handler, method].observe(seconds)
 
     def render(self) -> tuple[bytes, str]:
         """The text that Prometheus scrapes, and its content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        with self._lock:
+            self._count_gaps()
+            text = "".join([family.render() for family in self._families])
+        return text.encode() + generate_latest(self._process), CONTENT_TYPE
 
-    def _counter(self, name: str, documentation: str) -> Counter:
-        family = Counter(PREFIX + name, documentation, ("model_name",), registry=self._registry)
-        return family.labels(self._model_name)
+    @property
+    def family_names(self) -> tuple[str, ...]:
+        """As their TYPE lines have them: counters end in `_total`. `_created` lines go with another name."""
+        return tuple(family.name for family in self._families)
 
-    def _gauge(self, name: str, documentation: str) -> Gauge:
-        family = Gauge(PREFIX + name, documentation, ("model_name",), registry=self._registry)
-        return family.labels(self._model_name)
 
-    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(PREFIX + name, documentation, ("model_name",), registry=self._registry, buckets=buckets)
-        return family.labels(self._model_name)
+def _all_names() -> tuple[str, ...]:
+    metrics = ServerMetrics("")
+    metrics.record_engine(max_model_len=1, num_blocks=1, block_size=1, num_tile_slots=1)
+    return metrics.family_names
+
+
+# Every name that a server tells once it is ready.
+FAMILY_NAMES = _all_names()

@@ -38,11 +38,13 @@ class OutputProcessor:
             del self._streams[answer_id]
             if not stream.engine_finished:
                 unfinished.append(answer_id)
+        for request, longest in response.longest_answers():
+            self._metrics.record_request(n=request.n, max_tokens=request.max_tokens, longest_answer=longest)
         return unfinished
 
     def process(self, outputs: EngineOutputs) -> list[str]:
         """Hand a step's outputs to their streams. Returns the ids that ended here and not in the engine."""
-        self._metrics.record_step(outputs.stats)
+        self._metrics.record_step(outputs.stats, num_deferred=outputs.stats.num_held)
         now = time.monotonic()
         ended_here = []
         for output in outputs.outputs:

@@ -85,6 +85,14 @@ class ResponseStream:
             image_tokens=sum(stream.request.num_image_tokens for stream in self._leaders),
         )
 
+    def longest_answers(self) -> list[tuple[EngineRequest, int]]:
+        """Each request with the tokens of its longest answer."""
+        longest: dict[str, tuple[EngineRequest, int]] = {}
+        for stream in self.streams.values():
+            _, before = longest.get(stream.request.request_id, (stream.request, 0))
+            longest[stream.request.request_id] = (stream.request, max(before, stream.num_generated))
+        return list(longest.values())
+
     @property
     def is_finished(self) -> bool:
         """Whether all has been taken."""

@@ -49,6 +49,7 @@ class RequestStream:
         self._token_ids: list[int] = []
         self.num_generated = 0
         self.num_cached = 0
+        self._num_preemptions = 0
         self._first_token_time: float | None = None
         self._last_token_time = 0.0
         self._queue_seconds: float | None = None
@@ -66,6 +67,7 @@ class RequestStream:
             self.fail(RequestFailedError(output.error))
             return
         self.num_cached = output.num_cached_tokens
+        self._num_preemptions = output.num_preemptions
         if output.queue_seconds is not None:
             self._queue_seconds = output.queue_seconds
         self._prompt_logprobs += output.prompt_logprobs
@@ -115,14 +117,17 @@ class RequestStream:
 
     def _finish(self, reason: FinishReason, now: float) -> None:
         self.finish_reason = reason
-        decode_seconds = now - self._first_token_time if self._first_token_time is not None else None
+        first = self._first_token_time
         self._metrics.record_finished(
             reason.value,
             e2e_seconds=now - self.request.arrival_time,
             queue_seconds=self._queue_seconds,
-            decode_seconds=decode_seconds,
+            first_token_seconds=None if first is None else first - self.request.arrival_time,
+            decode_seconds=None if first is None else self._last_token_time - first,
             prompt_tokens=len(self.request.prompt_token_ids),
             generation_tokens=self.num_generated,
+            cached_tokens=self.num_cached,
+            num_preemptions=self._num_preemptions,
         )
 
     def fail(self, error: ServerError) -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from server.errors import ClientError
+from server.runner.input_batch import RequestState
 from server.types import EngineRequest
 
 if TYPE_CHECKING:
@@ -70,3 +71,37 @@ class GrammarBank:
         with self._lock:
             for answer_id in answer_ids:
                 self._matchers.pop(answer_id, None)
+
+
+def compute_bitmasks(states: Iterable[RequestState]) -> dict[str, str]:
+    """Ask each answer's grammar what may follow, into its `bitmask`. Returns failures by request id."""
+    failed = {}
+    for state in states:
+        if state.matcher is not None:
+            try:
+                state.bitmask = state.matcher.bitmask()
+            except ClientError as error:
+                state.bitmask = None
+                failed[state.source.request_id] = error.message
+    return failed
+
+
+def advance(states: Iterable[RequestState], sampled: dict[str, int], failed: dict[str, str]) -> frozenset[str]:
+    """Take sampled tokens into the answers' grammars. Returns the answers that are complete by that.
+
+    One whose grammar cannot go on moves from `sampled` to `failed`.
+    """
+    complete = set()
+    for state in states:
+        request_id = state.source.request_id
+        if state.matcher is None or request_id not in sampled:
+            continue
+        try:
+            state.matcher.advance(sampled[request_id])
+        except ClientError as error:
+            del sampled[request_id]
+            failed[request_id] = error.message
+            continue
+        if state.matcher.is_finished:
+            complete.add(request_id)
+    return frozenset(complete)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.engine.step import NewRequest, ScheduledRequest
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class RequestState:
-    """What the runner keeps of a request between steps: its tokens, its block table, its place in a grammar."""
+    """What the runner keeps of a request between steps: its tokens, its block table, its place in a grammar.
+
+    `bitmask` are the tokens that the grammar lets follow now, as int32 words [ceil(vocab / 32)].
+    """
 
     source: NewRequest
     token_ids: list[int]
     block_ids: list[int] = field(default_factory=list)
     matcher: Matcher | None = None
+    bitmask: NDArray[np.int32] | None = None
 
     @property
     def num_output_tokens(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from server.model.attention.base import AttentionBackend, LayerCache
 from server.model.idefics2 import Idefics2Model
-from server.runner.grammars import GrammarBank
+from server.runner.grammars import GrammarBank, advance, compute_bitmasks
 from server.runner.input_batch import InputBatch, RequestState, build_input_batch
 from server.runner.logprobs import AnswerLogprobs, prompt_logprobs
 from server.runner.sampler import Sampler
@@ -97,6 +97,8 @@ class ModelRunner:
             scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
         )
         hidden = self._forward(batch)
+        # On a GPU the forward pass still runs while these are found.
+        failed |= compute_bitmasks(batch.sampled)
         failed |= _broken(hidden, scheduled)
         of_prompts = prompt_logprobs(
             hidden, batch, scheduled, [self._states[item.request_id] for item in scheduled], self._model.compute_logits
@@ -106,9 +108,10 @@ class ModelRunner:
         logits = self._model.compute_logits(hidden[batch.logits_indices])
         of_answers = AnswerLogprobs(logits, batch.sampled)
         sampled = self._sample(logits, batch.sampled, failed)
+        complete = advance(batch.sampled, sampled, failed)
         return ModelRunnerOutput(
             sampled=sampled,
-            complete=self._advance_grammars(sampled),
+            complete=complete,
             logprobs=of_answers.describe(sampled),
             prompt_logprobs=of_prompts,
         )
@@ -125,17 +128,6 @@ class ModelRunner:
             state.token_ids.append(token)
             sampled[request_id] = token
         return sampled
-
-    def _advance_grammars(self, sampled: dict[str, int]) -> frozenset[str]:
-        """Take the sampled tokens into their grammars; the requests that are complete by that."""
-        complete = set()
-        for request_id, token in sampled.items():
-            matcher = self._states[request_id].matcher
-            if matcher is not None:
-                matcher.advance(token)
-                if matcher.is_finished:
-                    complete.add(request_id)
-        return frozenset(complete)
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         """Hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import numpy
 import torch
 from torch import Tensor
 
+from server.grammar.vocabulary import expand_bitmask
 from server.runner.input_batch import RequestState
-
-if TYPE_CHECKING:
-    from server.grammar.matcher import Matcher
 
 
 def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Tensor) -> None:
@@ -30,16 +26,11 @@ def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Ten
         if sampling.logit_bias:
             ids = torch.tensor(list(sampling.logit_bias), device=row.device)
             row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
-        if state.matcher is not None:
-            row.masked_fill_(_not_allowed(state.matcher, row), float("-inf"))
+        if state.bitmask is not None:
+            allowed = torch.from_numpy(expand_bitmask(state.bitmask, row.shape[-1]))
+            row.masked_fill_(~allowed.to(row.device), float("-inf"))
         _hide_endings(row, state)
     logits[:, forbidden] = float("-inf")
-
-
-def _not_allowed(matcher: Matcher, row: Tensor) -> Tensor:
-    """[vocab] bool: the tokens that the grammar does not let follow."""
-    allowed = numpy.unpackbits(matcher.bitmask().view(numpy.uint8), bitorder="little")[: row.shape[-1]]
-    return torch.from_numpy(allowed == 0).to(row.device)
 
 
 def _hide_endings(row: Tensor, state: RequestState) -> None:

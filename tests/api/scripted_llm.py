@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from server.api.app import build_app
 from server.config import ServerConfig
 from server.errors import CapacityError, ServerError
 from server.observability.metrics import ServerMetrics
-from server.types import ChatInput, EngineRequest, FinishReason, RequestOutput, Usage
+from server.types import ChatInput, EngineRequest, FinishReason, Logprob, PromptInput, RequestOutput, Usage
 
 PROMPT_TOKENS = 85
 IMAGE_TOKENS = 64
@@ -26,11 +27,26 @@ class Hang:
     """A step of a script at which nothing happens any more."""
 
 
-def say(text: str, finish: FinishReason | None = None, *, stop_reason: str | int | None = None) -> RequestOutput:
-    """One output; the count of tokens is filled in when it is played."""
+def say(
+    text: str,
+    finish: FinishReason | None = None,
+    *,
+    stop_reason: str | int | None = None,
+    index: int = 0,
+    token_ids: Sequence[int] = (7,),
+    logprobs: Sequence[Logprob] = (),
+) -> RequestOutput:
+    """One output of choice `index`; the count of tokens is filled in when it is played."""
     usage = Usage(prompt_tokens=PROMPT_TOKENS, completion_tokens=0, cached_tokens=16, image_tokens=IMAGE_TOKENS)
     return RequestOutput(
-        request_id="", text=text, token_ids=[7], usage=usage, finish_reason=finish, stop_reason=stop_reason
+        request_id="",
+        index=index,
+        text=text,
+        token_ids=list(token_ids),
+        usage=usage,
+        finish_reason=finish,
+        stop_reason=stop_reason,
+        logprobs=list(logprobs),
     )
 
 
@@ -55,6 +71,7 @@ class ScriptedLLM:
 
     # What happened, for tests in another thread.
     chats: list[ChatInput] = field(default_factory=list)
+    prompts: list[PromptInput] = field(default_factory=list)
     generators: list[AsyncIterator[RequestOutput]] = field(default_factory=list)
     preparing: threading.Event = field(default_factory=threading.Event)
     prepare_ended: threading.Event = field(default_factory=threading.Event)
@@ -68,11 +85,17 @@ class ScriptedLLM:
         vars(self).update(fresh)
 
     def check_capacity(self) -> None:
+        self.check_room()
+
+    def check_room(self) -> None:
         if self.capacity_error is not None:
             raise self.capacity_error
 
-    async def prepare(self, chat: ChatInput) -> EngineRequest:
-        self.chats.append(chat)
+    async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:
+        if isinstance(item, ChatInput):
+            self.chats.append(item)
+        else:
+            self.prompts.append(item)
         self.preparing.set()
         try:
             for step in self.prepare_script:
@@ -80,23 +103,31 @@ class ScriptedLLM:
         finally:
             self.prepare_ended.set()
         return EngineRequest(
-            request_id=chat.request_id, prompt_token_ids=[1] * PROMPT_TOKENS, sampling=chat.sampling, eos_token_ids=(2,)
+            request_id=item.request_id,
+            prompt_token_ids=[1] * PROMPT_TOKENS,
+            sampling=item.sampling,
+            eos_token_ids=(2,),
+            n=item.n,
         )
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
+    def generate(self, *requests: EngineRequest) -> AsyncIterator[RequestOutput]:
         # Held on to, so that whoever leaves it to the garbage collector to close it is found out.
-        self.generators.append(self._generate(request))
+        self.generators.append(self._generate(requests))
         return self.generators[-1]
 
-    async def _generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
+    async def _generate(self, requests: Sequence[EngineRequest]) -> AsyncIterator[RequestOutput]:
         num_tokens = 0
+        begun: set[int] = set()
         try:
             for step in self.script:
                 if not isinstance(step, RequestOutput):
                     await self._wait(step)
                     continue
                 num_tokens += len(step.token_ids)
-                yield played(step, request.request_id, num_tokens)
+                request = requests[step.index // requests[0].n]
+                ids = None if step.index in begun else request.prompt_token_ids
+                begun.add(step.index)
+                yield played(step, request.request_id, num_tokens, prompt_token_ids=ids)
         finally:
             self.closed.set()
 
@@ -110,21 +141,11 @@ class ScriptedLLM:
             await asyncio.sleep(step)
 
 
-def played(output: RequestOutput, request_id: str, num_tokens: int) -> RequestOutput:
-    usage = Usage(
-        prompt_tokens=output.usage.prompt_tokens,
-        completion_tokens=num_tokens,
-        cached_tokens=output.usage.cached_tokens,
-        image_tokens=output.usage.image_tokens,
-    )
-    return RequestOutput(
-        request_id=request_id,
-        text=output.text,
-        token_ids=output.token_ids,
-        usage=usage,
-        finish_reason=output.finish_reason,
-        stop_reason=output.stop_reason,
-    )
+def played(
+    output: RequestOutput, request_id: str, num_tokens: int, *, prompt_token_ids: list[int] | None = None
+) -> RequestOutput:
+    usage = msgspec.structs.replace(output.usage, completion_tokens=num_tokens)
+    return msgspec.structs.replace(output, request_id=request_id, usage=usage, prompt_token_ids=prompt_token_ids)
 
 
 @contextlib.contextmanager

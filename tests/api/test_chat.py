@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
+from PIL import Image
 
-from server.api.schemas import EXAMPLE_IMAGE
+from server.api.schemas import EXAMPLE_IMAGE, chat_examples
 from server.errors import ClientError, EngineDeadError, RequestFailedError, UnavailableError
-from server.types import FinishReason, ImageInput, TextPart
+from server.types import FinishReason, ImageInput, Logprob, TextPart
 
-from .scripted_llm import QUEUE_FULL, ScriptedLLM, say, serving
+from .scripted_llm import QUEUE_FULL, TWO_CATS, ScriptedLLM, say, serving
+
+STOP = FinishReason.STOP
 
 HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
 PICTURE: list[Any] = [
@@ -243,8 +250,8 @@ def test_an_answer_without_an_end_is_an_error(llm: ScriptedLLM, url: str, *, str
     [
         ({"messages": HELLO, "temperature": 3}, "temperature", "decimal_above_max_value"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "empty_array"),
-        ({"messages": HELLO, "n": 2}, "n", "unsupported_value"),
-        ({"messages": HELLO, "guided_json": {}}, "guided_json", "unsupported_parameter"),
+        ({"messages": HELLO, "n": 17}, "n", "integer_above_max_value"),
+        ({"messages": HELLO, "guided_json": []}, "guided_json", "invalid_type"),
     ],
 )
 def test_an_invalid_stream_is_an_http_error(llm: ScriptedLLM, url: str, body: Any, param: str, code: str) -> None:
@@ -311,24 +318,81 @@ def test_content_type(url: str, content_type: str | None, status: int) -> None:
         assert answer.json()["error"]["code"] == "unsupported_media_type"
 
 
-def test_the_documented_example_works(llm: ScriptedLLM, url: str) -> None:
+def chat_page(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole OpenAPI page, and of it what is said of this endpoint."""
     page = httpx.get(f"{url}/openapi.json").json()
-    content = page["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
-    assert "#/$defs" not in json.dumps(page)
+    return page, page["paths"]["/v1/chat/completions"]["post"]
+
+
+def test_the_documented_examples_work(llm: ScriptedLLM, url: str) -> None:
+    page, endpoint = chat_page(url)
+    content = endpoint["requestBody"]["content"]["application/json"]
+    assert "#/$defs" not in json.dumps(content)
     assert "422" not in page["paths"]["/v1/models/{model_id}"]["get"]["responses"]
     assert content["schema"]["properties"]["stream_options"]["properties"]["include_usage"]["type"] == "boolean"
-    assert content["example"]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
-    answer = httpx.post(f"{url}/v1/chat/completions", json=content["example"])
-    assert answer.status_code == 200
-    assert isinstance(llm.chats[0].turns[0].parts[0], ImageInput)
+    examples = {name: example["value"] for name, example in content["examples"].items()}
+    assert set(examples) == {"text", "image", "two_images", "structured", "tools", "streaming"}
+    assert all(example["summary"] for example in content["examples"].values())
+    for name, body in examples.items():
+        llm.script = [say("{}", STOP, index=index) for index in range(body.get("n", 1))]
+        jsonschema.validate(body, content["schema"])
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert answer.status_code == 200, (name, answer.text)
+        assert ("text/event-stream" in answer.headers["content-type"]) == (name == "streaming")
+    pictures = [[p for p in chat.turns[0].parts if isinstance(p, ImageInput)] for chat in llm.chats]
+    assert [len(found) for found in pictures] == [1, 0, 2, 1, 0, 0]
+    assert [picture.detail for picture in pictures[2]] == ["low", "high"]
+    assert [chat.sampling.grammar is not None for chat in llm.chats] == [False, False, False, True, True, False]
     assert httpx.get(f"{url}/docs").status_code == 200
 
 
-def test_the_example_picture_is_a_picture() -> None:
-    import base64
-    import io
+def test_the_page_says_what_errors_there_are(url: str) -> None:
+    page, endpoint = chat_page(url)
+    assert set(endpoint["responses"]) == {"200", "400", "404", "413", "415", "429", "500", "503", "default"}
+    for status, answer in endpoint["responses"].items():
+        if status != "200":
+            assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
+    assert set(endpoint["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    error = httpx.post(f"{url}/v1/chat/completions", json={"messages": []}).json()
+    jsonschema.validate(error, {"$ref": "#/components/schemas/ErrorAnswer", **page})
 
-    from PIL import Image
 
-    with Image.open(io.BytesIO(base64.b64decode(EXAMPLE_IMAGE.partition(",")[2]))) as picture:
-        assert (picture.size, picture.getpixel((5, 5))) == ((32, 32), (220, 30, 30))
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "script"),
+    [
+        ({}, TWO_CATS),
+        ({"service_tier": "auto", "return_token_ids": True}, TWO_CATS),
+        ({}, [say("", STOP, stop_reason="\n")]),
+        ({}, [say("x", FinishReason.LENGTH, stop_reason=5)]),
+        ({"logprobs": True}, [say("x", STOP, logprobs=[Logprob(7, "x", b"x", -math.inf)])]),
+        (
+            {"logprobs": True, "top_logprobs": 1},
+            [say("x", STOP, logprobs=[Logprob(7, "x", b"x", -1.0, (Logprob(8, "y", b"\xff", 0.0),))])],
+        ),
+        ({"n": 2}, [say("x", STOP), say("y", STOP, index=1)]),
+        ({"tools": [TOOL], "tool_choice": "required"}, [say('[{"name":"f","arguments":{}}]', STOP)]),
+    ],
+)
+def test_answers_keep_to_their_schema(llm: ScriptedLLM, url: str, fields: Any, script: Any) -> None:
+    """Without the leniency that additional keys get: what is sent is documented."""
+    page, endpoint = chat_page(url)
+    schema = endpoint["responses"]["200"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/ChatCompletion"}
+    for component in page["components"]["schemas"].values():
+        if component.get("type") == "object":
+            component["additionalProperties"] = False
+    llm.script = script
+    body = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, **fields}).json()
+    jsonschema.validate(body, {**schema, **page})
+
+
+def test_the_example_pictures_are_pictures() -> None:
+    found = []
+    for part in chat_examples("m")["two_images"]["value"]["messages"][0]["content"][:2]:
+        encoded = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            found.append((picture.size, picture.getpixel((5, 5))))
+    assert found == [((32, 32), (220, 30, 30)), ((16, 16), (30, 60, 220))]

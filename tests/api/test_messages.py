@@ -73,8 +73,32 @@ def image(**extra: Any) -> dict[str, Any]:
                 },
                 {"role": "tool", "tool_call_id": "1", "content": "2"},
             ],
-            [("assistant", ['{"name":"f","arguments":"{\\"a\\":1}"}']), ("tool", ["2"])],
+            [("assistant", ['[{"name":"f","arguments":{"a":1}}]']), ("tool", ["2"])],
         ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {"function": {"name": "f", "arguments": ' {"b": "é",\n"a": 1e2} '}},
+                        {"function": {"name": "g", "arguments": "no JSON"}},
+                        {"function": {"name": "h"}},
+                    ],
+                }
+            ],
+            [
+                (
+                    "assistant",
+                    [
+                        "",
+                        '[{"name":"f","arguments": {"b": "é",\n"a": 1e2} },{"name":"g","arguments":"no JSON"},'
+                        '{"name":"h","arguments":""}]',
+                    ],
+                )
+            ],
+        ),
+        ([{"role": "assistant", "content": "x", "tool_calls": []}], [("assistant", ["x"])]),
     ],
 )
 def test_texts(messages: Any, expected: list[tuple[str, list[str]]] | None) -> None:

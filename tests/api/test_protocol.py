@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from server.api.chat_protocol import ChatCompletionRequest, parse_chat_request
 from server.api.errors import MAX_MESSAGE_CHARS
 from server.api.protocol import Body
 from server.errors import ClientError
-from server.types import ChatInput, SamplingParams
+from server.types import ChatInput, ImageInput, SamplingParams, TextPart, Truncation, Turn
 
 HELLO = [{"role": "user", "content": "Hi"}]
 VOCAB = 32003
@@ -62,9 +63,15 @@ def test_null_is_absent_further_in() -> None:
         {"n": 1, "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"}, "echo": False},
         {"best_of": 1, "use_beam_search": False, "modalities": ["text"], "add_generation_prompt": True},
         {"continue_final_message": False, "mm_processor_kwargs": {}, "typical_p": 1.0, "watermark": False},
+        {"mm_processor_kwargs": {"do_image_splitting": None}, "early_stopping": False, "add_special_tokens": True},
+        {"return_token_ids": True, "request_id": {"no": "string"}, "truncation_side": "right", "top_n_tokens": 3},
+        {"structured_outputs": None, "guided_json": None, "guided_choice": None, "grammar": None, "tools": None},
+        {"session_id": "s", "rid": "r", "stream_interval": 4, "tool_prompt": "x", "think": True, "mirostat": 2},
         {"tool_choice": "none"},
         {"tool_choice": "auto"},
         {"tools": [TOOL], "tool_choice": "none"},
+        {"tools": [TOOL]},
+        {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True},
         {"function_call": "auto", "functions": []},
         {"stream_options": {}},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": True}},
@@ -107,6 +114,10 @@ def test_accepted_and_ignored(fields: dict[str, Any]) -> None:
         ({"logit_bias": {"5": 100, "32002": -0.5}}, {"logit_bias": {5: 100.0, 32002: -0.5}}),
         ({"include_stop_str_in_output": True}, {"include_stop_str_in_output": True}),
         ({"skip_special_tokens": False}, {"skip_special_tokens": False}),
+        ({"logprobs": True}, {"num_logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 20}, {"num_logprobs": 20}),
+        ({"logprobs": False, "top_logprobs": 0}, {"num_logprobs": None}),
+        ({"n": 3, "best_of": 3}, {}),
     ],
 )
 def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -116,6 +127,70 @@ def test_sampling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_priority_and_salt() -> None:
     chat = to_input(priority=-5, cache_salt="tenant-1")
     assert (chat.priority, chat.cache_salt) == (-5, "tenant-1")
+
+
+def test_choices() -> None:
+    assert (to_input().n, to_input(n=16).n) == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"truncation_side": "right"}, None),
+        ({"truncate_prompt_tokens": -1}, Truncation(None, "left")),
+        ({"truncate_prompt_tokens": 5, "truncation_side": "right"}, Truncation(5, "right")),
+    ],
+)
+def test_truncation(fields: dict[str, Any], expected: Truncation | None) -> None:
+    assert to_input(**fields).truncation == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "opens", "continues"),
+    [
+        ({}, True, False),
+        ({"add_generation_prompt": False}, False, False),
+        ({"continue_final_message": True}, False, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False, True),
+        ({"continue_final_message": False, "add_generation_prompt": True}, True, False),
+    ],
+)
+def test_how_the_prompt_ends(fields: dict[str, Any], opens: bool, continues: bool) -> None:
+    chat = to_input(messages=[*HELLO, {"role": "assistant", "content": "Once"}], **fields)
+    assert (chat.add_generation_prompt, chat.continue_final_message) == (opens, continues)
+
+
+@pytest.mark.parametrize(("split", "auto"), [(True, "high"), (False, "low"), (None, "auto")])
+def test_image_splitting_of_a_request(split: bool | None, auto: str) -> None:
+    """It is what 'auto' means; a picture that says for itself is left alone."""
+    parts = [{"type": "text", "text": "x"}] + [
+        {"type": "image_url", "image_url": {"url": "u", "detail": detail}} for detail in ("auto", "low", "high")
+    ]
+    chat = to_input(
+        messages=[{"role": "user", "content": parts}, *HELLO], mm_processor_kwargs={"do_image_splitting": split}
+    )
+    text, *images = chat.turns[0].parts
+    assert text == TextPart("x")
+    assert [image.detail for image in images if isinstance(image, ImageInput)] == [auto, "low", "high"]
+    assert chat.turns[1] == Turn(role="user", parts=(TextPart("Hi"),))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("my.id_7-X", True),
+        ("x" * 128, True),
+        *((bad, False) for bad in ("x" * 129, "", "a b", "a/b", "a\n", "é", 5, ["x"], None)),
+    ],
+)
+def test_answer_id(given: object, kept: bool) -> None:
+    request = parse_chat_request({"messages": HELLO, "request_id": given})
+    if kept:
+        assert request.answer_id("chatcmpl") == f"chatcmpl-{given}"
+    else:
+        assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", request.answer_id("chatcmpl"))
+        assert request.answer_id("chatcmpl") != request.answer_id("chatcmpl")
 
 
 TYPE, LOW, HIGH, VALUE = "invalid_type", "below_min_value", "above_max_value", "invalid_value"
@@ -158,7 +233,6 @@ TYPE, LOW, HIGH, VALUE = "invalid_type", "below_min_value", "above_max_value", "
         ("priority", -(2**31) - 1, "integer_" + LOW),
         ("n", 0, "integer_" + LOW),
         ("n", 17, "integer_" + HIGH),
-        ("n", 2, "unsupported_value"),
         ("stream", "true", TYPE),
         ("stream", 1, TYPE),
         ("ignore_eos", 1, TYPE),
@@ -191,53 +265,59 @@ TYPE, LOW, HIGH, VALUE = "invalid_type", "below_min_value", "above_max_value", "
         ("stream_options", [], TYPE),
         ("messages", [], "empty_array"),
         ("messages", "Hi", TYPE),
-        ("logprobs", True, "unsupported_parameter"),
         ("logprobs", 5, TYPE),
-        ("top_logprobs", 5, "unsupported_parameter"),
+        ("top_logprobs", 5, VALUE),  # without logprobs
         ("top_logprobs", 21, "integer_" + HIGH),
         ("top_logprobs", -1, "integer_" + LOW),
-        ("response_format", {"type": "json_object"}, "unsupported_value"),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}, "unsupported_value"),
         ("response_format", "json", TYPE),
         ("tools", [], "empty_array"),
-        ("tools", [TOOL], "unsupported_parameter"),
+        ("tools", [TOOL] * 129, "array_above_max_length"),
         ("tools", {}, TYPE),
-        ("tool_choice", "required", "unsupported_value"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}, "unsupported_value"),
+        ("tool_choice", "required", VALUE),  # without tools
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, VALUE),
+        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}, "unsupported_value"),
         ("tool_choice", {"type": "allowed_tools"}, "unsupported_value"),
         ("tool_choice", "any", VALUE),
         ("tool_choice", 5, TYPE),
         ("modalities", ["text", "audio"], "unsupported_value"),
         ("best_of", 2, "unsupported_value"),
-        ("best_of", True, "unsupported_value"),
+        ("best_of", True, TYPE),
+        ("best_of", 0, "integer_" + LOW),
+        ("truncate_prompt_tokens", -2, "integer_" + LOW),
+        ("truncate_prompt_tokens", 0, VALUE),
+        ("truncate_prompt_tokens", "5", TYPE),
+        ("truncation_side", "middle", VALUE),
+        ("return_token_ids", 1, TYPE),
+        ("parallel_tool_calls", "no", TYPE),
+        ("continue_final_message", True, VALUE),  # the last message is the user's
+        ("continue_final_message", 1, TYPE),
+        ("add_generation_prompt", 0, TYPE),
+        ("mm_processor_kwargs", [], TYPE),
+        ("mm_processor_kwargs", {"do_image_splitting": True, "size": None}, "unsupported_parameter"),
         ("echo", True, "unsupported_value"),
-        ("add_generation_prompt", False, "unsupported_value"),
         ("typical_p", 0.9, "unsupported_value"),
         *[
             (name, value, "unsupported_parameter")
             for name, value in {
-                "guided_json": {"type": "object"},
-                "guided_regex": "a+",
-                "guided_choice": ["a"],
-                "guided_grammar": "root ::= 'a'",
-                "structured_outputs": {"json": {}, "regex": "a"},
-                "regex": "a",
                 "ebnf": "a",
-                "grammar": {"type": "json"},
                 "prompt_logprobs": 0,
                 "chat_template": "{{ 1 }}",
-                "mm_processor_kwargs": {"do_image_splitting": True},
+                "mm_processor_kwargs": {"size": {"longest_edge": 9}},
+                "early_stopping": True,
+                "return_prompt_text": True,
+                "return_tokens_as_token_ids": True,
+                "return_hidden_states": True,
+                "logprob_token_ids": [1],
+                "stop_regex": "a",
+                "custom_logit_processor": "x",
                 "media_io_kwargs": {"image": {}},
                 "web_search_options": {},
                 "moderation": {},
                 "bad_words": ["x"],
                 "allowed_token_ids": [1],
-                "truncate_prompt_tokens": 5,
-                "return_token_ids": True,
                 "use_beam_search": True,
                 "lora_path": "/x",
                 "function_call": {"name": "f"},
-                "continue_final_message": True,
                 "watermark": True,
             }.items()
         ],
@@ -272,16 +352,62 @@ def test_refused(field: str, value: Any, code: str) -> None:
         ),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", VALUE),
         ({"min_tokens": 6, "max_completion_tokens": 5, "max_tokens": 9}, "min_tokens", VALUE),
+        ({"mm_processor_kwargs": {"do_image_splitting": 1}}, "mm_processor_kwargs.do_image_splitting", TYPE),
+        ({"tools": [TOOL], "tool_choice": {"function": {}}}, "tool_choice.type", "missing_required_parameter"),
+        ({"tools": [TOOL], "tool_choice": {"type": "x"}}, "tool_choice.type", VALUE),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function", "missing_required_parameter"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": 5}}, "tool_choice.function", TYPE),
         (
-            {"add_generation_prompt": True, "continue_final_message": True},
-            "continue_final_message",
-            "unsupported_parameter",
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {}}},
+            "tool_choice.function.name",
+            "missing_required_parameter",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": 5}}},
+            "tool_choice.function.name",
+            TYPE,
+        ),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", VALUE),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", VALUE),
+        (
+            {"tools": [{"type": "function", "function": {"name": "x" * 65}}]},
+            "tools[0].function.name",
+            "string_above_max_length",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+            TYPE,
         ),
     ],
 )
 def test_refused_further_in(fields: dict[str, Any], param: str, code: str) -> None:
     with pytest.raises(ClientError) as caught:
         to_input(**fields)
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+CONTINUE = {"continue_final_message": True}
+PICTURE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}
+
+
+@pytest.mark.parametrize(
+    ("last", "fields", "param"),
+    [
+        ({"role": "assistant", "content": "x"}, {"add_generation_prompt": True, **CONTINUE}, "continue_final_message"),
+        ({"role": "user", "content": "x"}, CONTINUE, "continue_final_message"),
+        ({"role": "tool", "content": "x"}, CONTINUE, "continue_final_message"),
+        ({"role": "assistant", "content": ""}, CONTINUE, "continue_final_message"),
+        ({"role": "assistant"}, CONTINUE, "continue_final_message"),
+        (PICTURE, CONTINUE, "continue_final_message"),
+        (PICTURE, {"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        (PICTURE, {"truncate_prompt_tokens": -1}, "truncate_prompt_tokens"),
+    ],
+)
+def test_messages_that_do_not_go_with_a_field(last: Any, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ClientError) as caught:
+        to_input(messages=[*HELLO, last], **fields)
+    code = "unsupported_parameter" if param == "truncate_prompt_tokens" else VALUE
     assert (caught.value.param, caught.value.code) == (param, code)
 
 

@@ -20,8 +20,10 @@ from server.inputs.image_decode import decode_rgb
 from server.inputs.image_pool import ImagePool
 from server.inputs.image_processor import make_tiles
 from server.inputs.image_worker import Job, Reply
+from server.observability.metrics import ServerMetrics
 from server.types import ImageSettings
 from tests.inputs.pictures import encoded, noise, noise_png
+from tests.observability.scrape import values
 
 SETTINGS = ImageSettings(do_image_splitting=True)
 LIMIT = 40_000_000
@@ -29,12 +31,18 @@ SMALL = noise_png(40, 30)
 
 
 def with_pool(
-    test: Callable[[ImagePool], Awaitable[None]], *, workers: int = 1, timeout: float = 20.0, max_pixels: int = LIMIT
+    test: Callable[[ImagePool], Awaitable[None]],
+    *,
+    workers: int = 1,
+    timeout: float = 20.0,
+    max_pixels: int = LIMIT,
+    metrics: ServerMetrics | None = None,
 ) -> None:
     """Run `test` with a started pool, and see that the pool leaves no process and no task behind."""
 
     async def run() -> None:
-        pool = ImagePool(workers, timeout, max_pixels=max_pixels, settings=SETTINGS)
+        counted = metrics or ServerMetrics("m")
+        pool = ImagePool(workers, timeout, max_pixels=max_pixels, settings=SETTINGS, metrics=counted)
         await pool.start()
         started = pids(pool)
         assert len(started) == workers
@@ -234,6 +242,42 @@ def test_random_cancellation_leaves_the_pool_whole() -> None:
     with_pool(test, workers=2)
 
 
+def test_times_are_counted_apart() -> None:
+    metrics = ServerMetrics("m")
+
+    async def test(pool: ImagePool) -> None:
+        [pid] = pids(pool)
+        start = time.perf_counter()
+        os.kill(pid, signal.SIGSTOP)
+        calls = [asyncio.create_task(pool.tiles(noise_png(900, 700), split=True, param="p")) for _ in range(2)]
+        await asyncio.sleep(0.2)
+        os.kill(pid, signal.SIGCONT)
+        await asyncio.gather(*calls)
+        seconds = time.perf_counter() - start
+        found = values(metrics)
+        assert [found[f"image_{name}_seconds_count"] for name in ("wait", "decode", "preprocess")] == [2, 2, 2]
+        assert 0.2 <= found["image_wait_seconds_sum"] < seconds  # the second's alone
+        assert min(found["image_decode_seconds_sum"], found["image_preprocess_seconds_sum"]) > 0.001
+        assert found["image_decode_seconds_sum"] + found["image_preprocess_seconds_sum"] < seconds
+        await error_of(pool.tiles(SMALL[:200], split=False, param="p"))
+        assert values(metrics)["image_decode_seconds_count"] == 2  # not of what failed
+
+    with_pool(test, metrics=metrics)
+
+
+@pytest.mark.parametrize("decode", [float("nan"), float("inf"), -0.5, 0.75])
+def test_times_that_cannot_be_true_are_not_counted(decode: float) -> None:
+    """A file that takes a worker over could otherwise spoil a sum for good."""
+    metrics = ServerMetrics("m")
+    pool = ImagePool(1, 1.0, max_pixels=LIMIT, settings=SETTINGS, metrics=metrics)
+    pool._record(Reply(decode_seconds=decode, preprocess_seconds=0.5), 1.0)
+    pool._record(Reply(decode_seconds=0.5, preprocess_seconds=decode), 1.0)
+    assert values(metrics)["image_decode_seconds_count"] == 0
+    pool._record(Reply(decode_seconds=0.5, preprocess_seconds=0.25), 1.0)
+    found = values(metrics)
+    assert (found["image_decode_seconds_sum"], found["image_preprocess_seconds_sum"]) == (0.5, 0.25)
+
+
 def test_closing_ends_what_runs_and_what_waits() -> None:
     async def test(pool: ImagePool) -> None:
         for pid in pids(pool):
@@ -286,7 +330,7 @@ def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     async def test() -> None:
         for executable in (str(broken), str(tmp_path / "none")):
             monkeypatch.setattr(sys, "executable", executable)
-            pool = ImagePool(2, 1.0, max_pixels=LIMIT, settings=SETTINGS)
+            pool = ImagePool(2, 1.0, max_pixels=LIMIT, settings=SETTINGS, metrics=ServerMetrics("m"))
             with pytest.raises(UnavailableError) as caught:
                 await pool.start()
             assert caught.value.code == "image_worker_unavailable"

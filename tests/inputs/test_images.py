@@ -14,34 +14,35 @@ from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
 from server.inputs.image_processor import make_tiles
 from server.inputs.images import ImageLoader
+from server.observability.metrics import ServerMetrics
 from server.types import ImageDetail, ImageInput, ImageSettings, Tile
 from tests.inputs.loopback import Handler, Seen, WebServer, answer, raw, web_server
 from tests.inputs.pictures import as_data_url, noise_png
+from tests.observability.scrape import values
 
 SETTINGS = ImageSettings(do_image_splitting=True)
 LIMIT = 40_000_000
 
 
 class Bench:
-    """A loader with all that it needs, and what it reports."""
+    """A loader with all that it needs, and what it counts."""
 
     def __init__(self, server: WebServer, *, settings: ImageSettings = SETTINGS, **options: Any) -> None:
         self.server = server
         self.url = f"http://127.0.0.1:{server.port}"
-        self.fetches: list[float] = []
-        self.decodes: list[float] = []
+        self.metrics = ServerMetrics("m")
         networks = [ipaddress.ip_network("127.0.0.0/8")]
         fetcher = ImageFetcher(1 << 20, 10.0, extra_networks=networks, extra_ports=[server.port])
-        self.pool = ImagePool(2, 20.0, max_pixels=LIMIT, settings=settings)
+        self.pool = ImagePool(2, 20.0, max_pixels=LIMIT, settings=settings, metrics=self.metrics)
         options = {"splitting": "auto", "max_bytes": 1 << 20} | options
-        self.loader = ImageLoader(
-            fetcher,
-            self.pool,
-            settings,
-            observe_fetch=self.fetches.append,
-            observe_decode=self.decodes.append,
-            **options,
-        )
+        self.loader = ImageLoader(fetcher, self.pool, settings, metrics=self.metrics, **options)
+
+    def count(self, name: str) -> float:
+        return values(self.metrics)[name]
+
+    @property
+    def num_decoded(self) -> float:
+        return self.count("image_decode_seconds_count")
 
     async def load(self, *urls: str, detail: ImageDetail = "low") -> list[tuple[Tile, ...]]:
         return await self.loader.load([ImageInput(url, detail, f"images[{index}]") for index, url in enumerate(urls)])
@@ -80,8 +81,8 @@ def test_tiles_come_in_the_order_of_the_images() -> None:
     async def test(bench: Bench) -> None:
         urls = [bench.url + "/slow", as_data_url(files[1]), bench.url + "/fast", as_data_url(files[3])]
         assert await bench.load(*urls) == [tiles_of(data, split=False) for data in files]
-        assert (len(bench.fetches), len(bench.decodes)) == (2, 4)
-        assert max(bench.fetches) >= 0.2
+        assert (bench.count("image_fetch_seconds_count"), bench.num_decoded) == (2, 4)
+        assert bench.count("image_fetch_seconds_sum") >= 0.2
 
     with_loader({"/slow": slow, "/fast": answer(files[2])}, test)
 
@@ -118,7 +119,7 @@ def test_a_url_is_fetched_once_and_decoded_once() -> None:
         loaded = await bench.load(*[bench.url + "/x"] * 20)
         assert loaded == [tiles_of(data, split=False)] * 20
         assert bench.server.connections == 1
-        assert (len(bench.fetches), len(bench.decodes)) == (1, 1)
+        assert (bench.count("image_fetch_seconds_count"), bench.num_decoded) == (1, 1)
         both = [ImageInput(bench.url + "/x", detail, "p") for detail in ("high", "low")]
         assert [len(tiles) for tiles in await bench.loader.load(both)] == [5, 1]
         assert bench.server.connections == 2  # once a call: what it leads to may have changed
@@ -134,10 +135,10 @@ def test_a_picture_seen_before_is_not_decoded_again() -> None:
         [again] = await bench.load(as_data_url(data))
         [fetched] = await bench.load(bench.url + "/x")  # the same file from elsewhere
         assert first == again == fetched == tiles_of(data, split=False)
-        assert len(bench.decodes) == 1
+        assert bench.num_decoded == 1
         [split] = await bench.load(as_data_url(data), detail="high")
         assert split == tiles_of(data, split=True)
-        assert len(bench.decodes) == 2
+        assert bench.num_decoded == 2
 
     with_loader({"/x": answer(data)}, test)
 
@@ -164,18 +165,18 @@ def test_the_memory_is_bounded_in_bytes(cache_bytes: int) -> None:
     async def test(bench: Bench) -> None:
         for url in (urls[0], urls[1], urls[0], urls[2]):  # the third visit makes the second picture the oldest
             await bench.load(url)
-        decoded = len(bench.decodes)
+        decoded = bench.num_decoded
         assert decoded == (3 if cache_bytes else 4)
         await bench.load(urls[0])
         await bench.load(urls[2])
-        assert len(bench.decodes) - decoded == (0 if cache_bytes else 2)
-        decoded = len(bench.decodes)
+        assert bench.num_decoded - decoded == (0 if cache_bytes else 2)
+        decoded = bench.num_decoded
         await bench.load(urls[1])
-        assert len(bench.decodes) - decoded == 1
+        assert bench.num_decoded - decoded == 1
         await bench.load(urls[2], detail="high")  # five tiles are more than all there is: not kept, nothing lost
-        decoded = len(bench.decodes)
+        decoded = bench.num_decoded
         await bench.load(urls[1])
-        assert len(bench.decodes) - decoded == (0 if cache_bytes else 1)
+        assert bench.num_decoded - decoded == (0 if cache_bytes else 1)
 
     with_loader({}, test, cache_bytes=cache_bytes)
 
@@ -240,6 +241,32 @@ def test_two_failures_are_one_error() -> None:
         assert error.param in ("images[0]", "images[2]", "images[3]")
 
     with_loader({}, test)
+
+
+def test_what_is_counted() -> None:
+    data = noise_png(64, 64)
+
+    async def test(bench: Bench) -> None:
+        await bench.load()
+        assert bench.count("images_per_request_count") == 0  # a text is no request with images
+        inline = as_data_url(data)
+        await bench.load(inline, inline, "DATA" + inline[4:], bench.url + "/x", bench.url + "/x")
+        await bench.load(inline)
+        for bad, code in (
+            ("data:;base64,!", "invalid_base64_image"),
+            (bench.url + "/none", "failed_to_download_image"),
+        ):
+            await refusal(bench.load(bad))
+            assert bench.count(f"image_errors_total{{code={code}}}") == 1
+        assert bench.count("images_total{source=data}") == 4  # as many as a request names, not as were decoded
+        assert bench.count("images_total{source=http}") == 2
+        assert (bench.count("images_per_request_count"), bench.count("images_per_request_sum")) == (2, 6)
+        assert bench.count("image_fetch_seconds_count") == 1  # not of what failed
+        queries, hits = bench.count("image_cache_queries_total"), bench.count("image_cache_hits_total")
+        assert queries == 4  # each file of a request once
+        assert hits == queries - bench.num_decoded >= 1
+
+    with_loader({"/x": answer(data), "/none": answer(status="404 Not Found")}, test)
 
 
 def test_cancelling_a_request_leaves_everything_usable() -> None:

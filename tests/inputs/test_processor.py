@@ -17,6 +17,7 @@ from server.inputs.chat_template import FAMILY_TEMPLATE, ChatTemplate
 from server.inputs.images import Tiles
 from server.inputs.processor import INLINE_CHARACTERS, InputProcessor
 from server.inputs.tokenizer import Tokenizer
+from server.observability.metrics import ServerMetrics
 from server.types import (
     ChatInput,
     EngineRequest,
@@ -66,6 +67,7 @@ def make_processor(
         tokenizer=tokenizer,
         template=ChatTemplate(template, special_tokens=tokenizer.special_tokens),
         images=images or FakeImages(),  # type: ignore[arg-type]
+        metrics=ServerMetrics("test"),
         rows_per_tile=64,
         eos_token_ids=(2, 32002),
         max_images=max_images,

@@ -1,0 +1,140 @@
+"""POST /v1/responses: one request in, one answer or one stream of named events out. Nothing is stored.
+
+Knows the wire and the facade. Templates, images, tokens and limits that need the model are `llm.prepare`'s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.api.body import read_json_object, require_json
+from server.api.disconnect import close, unless_disconnected
+from server.api.models import check_model
+from server.api.responses_answer import Answer, Collector, ResponseObject
+from server.api.responses_protocol import ResponsesRequest, parse_responses_request
+from server.api.responses_schemas import responses_examples
+from server.api.responses_streaming import ResponseEncoder, ResponseEventResponse
+from server.api.responses_tools import calls_grammar, plan_function_tools, suspects
+from server.api.sampling import to_sampling_params
+from server.api.schemas import STREAM_CONTENT, error_answers, request_body
+from server.api.streaming import encode
+from server.api.tools import ToolPlan
+from server.errors import ClientError, NotFoundError, RequestFailedError
+from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from server.config import ServerConfig
+    from server.llm import AsyncLLM
+
+
+def responses_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
+    router = APIRouter(tags=["Responses"])
+
+    @router.post(
+        "/v1/responses",
+        response_model=ResponseObject,
+        openapi_extra=request_body(ResponsesRequest, responses_examples(llm.model_names[0])),
+        responses={200: {"content": STREAM_CONTENT}, **error_answers()},
+    )
+    async def create_response(request: Request) -> Response:
+        """Answer an input of texts and pictures; with `stream`, as server-sent events."""
+        require_json(request)
+        llm.check_capacity()
+        body = parse_responses_request(await read_json_object(request))
+        answer = Answer(request=body, model=check_model(body.model or llm.model_names[0], llm.model_names))
+        tools = plan_function_tools(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
+        chat = to_chat_input(body, tools, request_id=answer.id, vocab_size=llm.vocab_size, inject=config.inject_tools)
+        # A model that was not told of tools calls none, and what is constrained otherwise has no room for calls.
+        if tools is not None and tools.mode == "auto" and (not config.inject_tools or chat.sampling.grammar):
+            tools = None
+        parser = None if tools is None else tools.parser()
+        if not body.stream:
+            work = _complete(llm, chat, tools, Collector(answer, parser))
+            response = await unless_disconnected(request.receive, work)
+            return Response(encode(response), media_type="application/json")
+        first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
+        return ResponseEventResponse(
+            first, rest, encoder=ResponseEncoder(answer, parser), keep_alive_seconds=config.keep_alive_seconds
+        )
+
+    @router.get("/v1/responses/{response_id}", include_in_schema=False)
+    @router.delete("/v1/responses/{response_id}", include_in_schema=False)
+    async def find_response(response_id: str) -> Response:
+        raise NotFoundError("there is no such response: none is stored here", param="response_id")
+
+    return router
+
+
+def to_chat_input(
+    request: ResponsesRequest, tools: ToolPlan | None, *, request_id: str, vocab_size: int, inject: bool
+) -> ChatInput:
+    """The request as the rest of the server knows it. `inject`: the model is told of the tools.
+
+    Raises ClientError for token ids that do not exist, and for constraints that cannot hold together.
+    """
+    if tools is not None and tools.mode != "auto":
+        # What is asked of the text says nothing of an answer that has none.
+        request = request.model_copy(update={"response_format": None})
+        grammar = calls_grammar(tools)
+    else:
+        grammar = request.text.format.to_grammar()
+    sampling = to_sampling_params(
+        request,
+        max_tokens=request.max_output_tokens,
+        vocab_size=vocab_size,
+        grammar=grammar,
+        num_logprobs=request.num_logprobs,
+    )
+    turns = request.turns
+    if tools is not None and inject and (tools.mode != "auto" or sampling.grammar is None):
+        turns = (tools.described(), *turns)
+    return ChatInput(
+        request_id=request_id,
+        turns=turns,
+        sampling=sampling,
+        truncation=request.truncation,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+async def _prepare(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None) -> EngineRequest:
+    try:
+        return await llm.prepare(chat)
+    except ClientError as error:
+        if tools is not None and error.param == "tools":
+            for grammar in suspects(tools):  # raises for the first that does not compile by itself
+                await llm.prepare(_alone(grammar))
+        raise
+
+
+def _alone(grammar: GrammarSpec) -> PromptInput:
+    return PromptInput(request_id="tools", prompt="?", sampling=SamplingParams(max_tokens=1, grammar=grammar))
+
+
+async def _begin(
+    llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None
+) -> tuple[RequestOutput, AsyncIterator[RequestOutput]]:
+    """The first output and those to come. Until there is a first one, an error can still be an HTTP status."""
+    outputs = llm.generate(await _prepare(llm, chat, tools))
+    async for first in outputs:
+        return first, outputs
+    raise RequestFailedError("the answer ended before it began")
+
+
+async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, collector: Collector) -> dict[str, Any]:
+    outputs = llm.generate(await _prepare(llm, chat, tools))
+    response = None
+    try:
+        async for output in outputs:
+            response = collector.add(output)
+    finally:
+        await close(outputs)
+    if response is None:
+        raise RequestFailedError("the answer ended without a reason")
+    return response

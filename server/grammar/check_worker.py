@@ -1,0 +1,152 @@
+"""A process that tries grammars: `python -m server.grammar.check_worker`.
+
+Reads a vocabulary and then grammars from stdin, and writes for each whether it may be compiled elsewhere, until stdin
+closes. A grammar that takes too long is the parent's to notice; one that crashes the library ends this process alone.
+
+A frame is four bytes of length (big-endian) and a msgpack message.
+    in:  frame(Setup), then a frame(GrammarSpec) each time
+    out: frame(Reply) after each; the first says "ready"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from server.errors import ClientError
+from server.grammar.compiler import GrammarCompiler
+from server.grammar.sources import KINDS
+from server.grammar.vocabulary import expand_bitmask
+from server.types import GrammarSpec
+
+# Less than a thread elsewhere has, so that what does not overflow it here does not overflow it there.
+_STACK_BYTES = 4 << 20
+_MEMORY_BYTES = 1 << 30
+_COMPILE_SECONDS = 0.7  # of CPU: how busy the machine is does not decide
+_STEP_SECONDS = 0.02  # real schemas: 0.003 at most
+_TRIALS = 3
+_TRIAL_TOKENS = 16
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """Arguments of `Vocabulary`."""
+
+    token_bytes: list[bytes]
+    special_token_ids: list[int]
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """Why a grammar is refused, in words for the client; None if it is not."""
+
+    refusal: str | None = None
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "big") + data
+
+
+def main() -> None:
+    """Serve until stdin closes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # A signal sent to the whole group is the parent's to handle, which ends us when it is done.
+        signal.signal(number, signal.SIG_IGN)
+    # Replies go through a private copy of stdout: whatever a library prints ends up in the log, not in the stream.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, replies))
+    thread.start()
+    thread.join()
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    with contextlib.suppress(BrokenPipeError, EOFError):  # the parent is gone
+        setup = msgspec.msgpack.decode(_read(requests), type=Setup)
+        compiler = GrammarCompiler(
+            setup.token_bytes,
+            special_token_ids=setup.special_token_ids,
+            eos_token_ids=setup.eos_token_ids,
+            vocab_size=setup.vocab_size,
+        )
+        _limit_memory()
+        _send(replies, Reply())
+        while True:
+            spec = msgspec.msgpack.decode(_read(requests), type=GrammarSpec)
+            _send(replies, Reply(_try(compiler, spec, setup)))
+
+
+def _try(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> str | None:
+    started = time.thread_time()
+    try:
+        compiler.compile(spec, leading_space=True)
+        if time.thread_time() - started > _COMPILE_SECONDS or _slowest_step(compiler, spec, setup) > _STEP_SECONDS:
+            return f"{KINDS[spec.kind]} is not supported: it is too large or too complex"
+    except ClientError as error:
+        return error.message
+    return None
+
+
+def _slowest_step(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> float:
+    """CPU seconds of the slowest of some first tokens, drawn at random. Raises ClientError as a matcher does."""
+    slowest = 0.0
+    chance = random.Random(0)
+    for _ in range(_TRIALS):
+        matcher = compiler.compile(spec, leading_space=False)
+        for _ in range(_TRIAL_TOKENS):
+            started = time.thread_time()
+            mask = matcher.bitmask()
+            slowest = max(slowest, time.thread_time() - started)
+            token_id = int(chance.choice(np.flatnonzero(expand_bitmask(mask, setup.vocab_size))))
+            if token_id in setup.eos_token_ids:
+                break
+            started = time.thread_time()
+            matcher.advance(token_id)
+            slowest = max(slowest, time.thread_time() - started)
+    return slowest
+
+
+def _read(stream: BinaryIO) -> bytes:
+    """The next message. Raises EOFError at the end of the stream, which may come in mid-sentence."""
+    header = stream.read(4)
+    length = int.from_bytes(header, "big")
+    data = stream.read(length)
+    if len(header) < 4 or len(data) < length:
+        raise EOFError
+    return data
+
+
+def _send(stream: BinaryIO, reply: Reply) -> None:
+    stream.write(frame(reply))
+    stream.flush()
+
+
+def _limit_memory() -> None:
+    """Let the address space grow by `_MEMORY_BYTES` and no further; the library ends the process beyond that."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return  # not Linux: other systems do not enforce this limit either
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + _MEMORY_BYTES
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()
