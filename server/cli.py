@@ -1,4 +1,4 @@
-"""`idefics2-server`: serve, bench, make-demo. The flags of `serve` are the fields of ServerConfig."""
+"""`idefics2-server`: serve, run-batch, bench, make-demo. The flags of `serve` are the fields of ServerConfig."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,20 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
-    serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help(ServerConfig.model_fields["model"]))
-    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags win over it.")
-    for name, field in ServerConfig.model_fields.items():
-        if name != "model":
-            _add_flag(serve, name, field)
+    add_config_flags(serve)
     serve.set_defaults(run=_serve)
 
-    # A root of its own with its own dependencies; imported here, so that `serve` does not load it.
-    from server.bench.cli import add_arguments
-    from server.bench.cli import run as run_bench
+    # Roots of their own with their own dependencies; imported here, so that the engine's process does not load them.
+    from server.batch import cli as batch_cli
+    from server.bench import cli as bench_cli
+
+    batch = commands.add_parser("run-batch", help="answer a file of requests, without a server", allow_abbrev=False)
+    batch_cli.add_arguments(batch)
+    batch.set_defaults(run=batch_cli.run)
 
     bench = commands.add_parser("bench", help="measure any OpenAI-compatible server under load", allow_abbrev=False)
-    add_arguments(bench)
-    bench.set_defaults(run=run_bench)
+    bench_cli.add_arguments(bench)
+    bench.set_defaults(run=bench_cli.run)
 
     demo = commands.add_parser("make-demo", help="write a checkpoint with random weights", allow_abbrev=False)
     demo.add_argument("out", type=Path, nargs="?", help="folder to write; default: the bundled demo's in the cache")
@@ -59,6 +60,25 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--no-weights", action="store_true", help="all but the weights: for serve --load-format dummy")
     demo.set_defaults(run=_make_demo)
     return parser
+
+
+def add_config_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """The model, --config, and a flag for every other setting but those named in `without`."""
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help(ServerConfig.model_fields["model"]))
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; flags win over it.")
+    for name, field in ServerConfig.model_fields.items():
+        if name != "model" and name not in without:
+            _add_flag(parser, name, field)
+
+
+def config_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, by name."""
+    return {name: value for name, value in vars(args).items() if name in ServerConfig.model_fields}
+
+
+def config_of(args: argparse.Namespace) -> ServerConfig:
+    """Flags over the environment over the file. Raises ConfigError."""
+    return load_config(file=args.config, environ=os.environ, flags=config_flags(args))
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
@@ -87,8 +107,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    flags = {name: value for name, value in vars(args).items() if name in ServerConfig.model_fields}
-    config = load_config(file=args.config, environ=os.environ, flags=flags)
+    config = config_of(args)
     from server.launch import serve
 
     return serve(config)
