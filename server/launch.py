@@ -9,10 +9,10 @@ import hashlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import uvicorn
@@ -25,6 +25,7 @@ from server.engine.client import EngineClient, ProcessClient, ThreadClient
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.errors import CheckpointError, ConfigError
+from server.grammar.checker import GrammarChecker
 from server.grammar.compiler import GrammarCompiler
 from server.inputs.chat_template import ChatTemplate, read_chat_template
 from server.inputs.image_fetch import ImageFetcher
@@ -50,6 +51,8 @@ from server.runner.sampler import Sampler
 from server.runner.vision_runner import VisionRunner
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 # Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
@@ -136,7 +139,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
             device=device,
         ),
         sampler=Sampler(model_config.suppressed_token_ids, device),
-        grammars=GrammarBank(_build_compiler(Tokenizer(folder), model_config)),
+        grammars=GrammarBank(_for_vocabulary(GrammarCompiler, Tokenizer(folder), model_config)),
         device=device,
     )
     limits = SchedulerLimits(
@@ -177,9 +180,10 @@ def _token_table(tokenizer: Tokenizer) -> TokenTable:
     return TokenTable.from_pieces(tokenizer.pieces(), tokenizer.special_tokens.values())
 
 
-def _build_compiler(tokenizer: Tokenizer, model: ModelConfig) -> GrammarCompiler:
+def _for_vocabulary(kind: Callable[..., Made], tokenizer: Tokenizer, model: ModelConfig) -> Made:
+    """A compiler or a checker of grammars."""
     table = _token_table(tokenizer)
-    return GrammarCompiler(
+    return kind(
         table.token_bytes,
         special_token_ids=table.special_ids,
         eos_token_ids=model.eos_token_ids,
@@ -206,7 +210,7 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
             read_chat_template(folder, tokenizer.chat_template), special_tokens=tokenizer.special_tokens
         ),
         images=_build_images(config, model, metrics),
-        grammars=_build_compiler(tokenizer, model),
+        grammars=_for_vocabulary(GrammarChecker, tokenizer, model),
         metrics=metrics,
         rows_per_tile=model.perceiver.num_latents,
         eos_token_ids=model.eos_token_ids,

@@ -13,11 +13,11 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from server.errors import ClientError
+from server.grammar.checker import GrammarChecker
 from server.inputs.chat_template import ChatTemplate, ImageSegment, SpecialSegment, TextSegment
 from server.inputs.images import ImageLoader
 from server.inputs.placeholders import PromptIds
@@ -41,7 +41,7 @@ class InputProcessor:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         images: ImageLoader,
-        grammars: Any = None,
+        grammars: GrammarChecker,
         metrics: ServerMetrics,
         rows_per_tile: int,
         eos_token_ids: tuple[int, ...],
@@ -58,10 +58,12 @@ class InputProcessor:
         self._counter = itertools.count()
 
     async def start(self) -> None:
-        await self._images.start()
+        """Raises UnavailableError when a helper process does not come up."""
+        await asyncio.gather(self._images.start(), asyncio.to_thread(self._grammars.start))
 
     async def close(self) -> None:
         await self._images.close()
+        await asyncio.to_thread(self._grammars.close)
 
     async def process(self, item: ChatInput | PromptInput, *, max_model_len: int) -> EngineRequest:
         """Check, encode and load one conversation or prompt for an engine whose context is `max_model_len` tokens."""
@@ -96,7 +98,7 @@ class InputProcessor:
     async def _check_grammar(self, spec: GrammarSpec) -> None:
         started, accepted = time.perf_counter(), False
         try:
-            await asyncio.to_thread(self._grammars.compile, spec, leading_space=True)
+            await asyncio.to_thread(self._grammars.check, spec)
             accepted = True
         finally:
             self._metrics.record_grammar(spec.kind, seconds=time.perf_counter() - started, accepted=accepted)

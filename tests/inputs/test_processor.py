@@ -36,6 +36,16 @@ SPECIAL = ("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end
 ROLES = ("user", "assistant", "system")
 
 
+class NoGrammars:
+    """Stands where nothing in these tests has a grammar."""
+
+    def start(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class FakeImages:
     """Gives every image its number of tiles, named after its URL, and notes what was asked of it."""
 
@@ -67,6 +77,7 @@ def make_processor(
         tokenizer=tokenizer,
         template=ChatTemplate(template, special_tokens=tokenizer.special_tokens),
         images=images or FakeImages(),  # type: ignore[arg-type]
+        grammars=NoGrammars(),  # type: ignore[arg-type]
         metrics=ServerMetrics("test"),
         rows_per_tile=64,
         eos_token_ids=(2, 32002),
