@@ -127,6 +127,9 @@ class ItemBuilder:
         self._items[-1].texts.append(text)
 
     def push(self, output: RequestOutput) -> list[Step]:
+        if self._items and isinstance(self._items[-1], CallItem):
+            # A call's tokens have no place to be told in, unless words follow in the same output.
+            self._held_logprobs.clear()
         if output.logprobs:
             # At once: for all tokens of a long answer together it would hold up everybody's stream.
             self._held_logprobs.append(encode_logprobs(output.logprobs))
@@ -153,11 +156,8 @@ class ItemBuilder:
     def _read(self, piece: Piece) -> list[Step]:
         match piece:
             case CallStart(id=call_id, name=name):
-                # A call's tokens have no place to be told in.
-                self._held_logprobs.clear()
                 return self._next(CallItem(index=len(self._items), call_id=call_id, name=name))
             case CallArguments(text=text):
-                self._held_logprobs.clear()
                 return self._grow(text, [])
             case Content(text=text):
                 steps: list[Step] = []

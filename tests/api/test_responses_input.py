@@ -18,7 +18,7 @@ def turn(role: str, *texts: str) -> Turn:
     return Turn(role=role, parts=tuple(TextPart(text) for text in texts))
 
 
-def call(name: str = "f", arguments: str = "{}", **more: Any) -> dict[str, Any]:
+def call(name: Any = "f", arguments: Any = "{}", **more: Any) -> dict[str, Any]:
     return {"type": "function_call", "call_id": "call_1", "name": name, "arguments": arguments, **more}
 
 
