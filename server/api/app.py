@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
-from server.api.chat import chat_router
-from server.api.completions import completions_router
+from server.api.chat.routes import chat_router
+from server.api.completions.routes import completions_router
 from server.api.errors import ErrorAnswer, install_error_handlers
 from server.api.health import health_router
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.models import models_router
-from server.api.responses import responses_router
+from server.api.responses.routes import responses_router
 from server.api.tokenize import tokenize_router
 
 if TYPE_CHECKING:

@@ -1,24 +1,23 @@
-"""RequestOutput → server-sent events, for every endpoint that streams; and the chunks of a plain chat answer.
+"""RequestOutput → server-sent events, for every endpoint that streams. What an event says is its encoder's.
 
-This is the API's hot path, once for every token of every stream: what is constant in a chunk is encoded once a
-stream, and a token costs one JSON string and one concatenation. Answers with more than text are `chat_chunks.py`'s.
+This is the API's hot path, once for every token of every stream.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.disconnect import close
 from server.api.errors import error_object, internal_error
-from server.api.protocol import CompletionUsage, StreamOptions, finish_reason_name
+from server.api.protocol import CompletionUsage, finish_reason_name
 from server.errors import RequestFailedError, ServerError
 from server.types import RequestOutput, Usage
 
@@ -54,52 +53,8 @@ class EventEncoder(Protocol):
     def end(self, usage: Usage) -> bytes:
         """What stands after all else, when every choice has ended."""
 
-
-class ChunkEncoder:
-    """Writes the chunks of a chat answer of text. `head` holds what all share: id, object, created, model."""
-
-    def __init__(self, head: dict[str, Any], options: StreamOptions, *, num_choices: int = 1) -> None:
-        self.num_choices = num_choices
-        self._usage_at_end = options.include_usage
-        self._usage_always = options.include_usage and options.continuous_usage_stats
-        self._usage_null = b',"usage":null' if options.include_usage else b""
-        # Open at the end: the choices follow.
-        self._head = EVENT + msgspec.json.encode(head)[:-1] + b',"choices":['
-        self._content_starts = [self._head + b'{"index":%d,"delta":{"content":' % index for index in range(num_choices)]
-        self._content_end = b'},"logprobs":null,"finish_reason":null}]' + self._usage_null + b"}" + END
-
-    def opening(self, first: RequestOutput) -> bytes:
-        """One chunk for each choice, in order: clients count them."""
-        delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-        before_first_token = msgspec.structs.replace(first.usage, completion_tokens=0)
-        rest = delta + self._usage(before_first_token) + b"}" + END
-        return b"".join(self._head + b'{"index":%d,' % index + rest for index in range(self.num_choices))
-
-    def content(self, output: RequestOutput) -> bytes:
-        """No bytes for an output without text: an empty delta is a token to a benchmark."""
-        if not output.text:
-            return b""
-        if self._usage_always:
-            delta = encode(output.text) + b'},"logprobs":null,"finish_reason":null}]'
-            return self._content_starts[output.index] + delta + self._usage(output.usage) + b"}" + END
-        return self._content_starts[output.index] + encode(output.text) + self._content_end
-
-    def finish(self, output: RequestOutput, reason: str) -> bytes:
-        """`stop_reason` is told only where there is one, so that an ordinary stream is OpenAI's to the byte."""
-        delta = b'{"content":' + encode(output.text) + b"}" if output.text else b"{}"
-        stop = b"" if output.stop_reason is None else b',"stop_reason":' + encode(output.stop_reason)
-        choice = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":"%b"%b}]' % (
-            *(output.index, delta, reason.encode(), stop),
-        )
-        return self._head + choice + self._usage(output.usage) + b"}" + END
-
-    def end(self, usage: Usage) -> bytes:
-        if not self._usage_at_end:
-            return DONE
-        return self._head + b'],"usage":' + encode_usage(usage) + b"}" + END + DONE
-
-    def _usage(self, usage: Usage) -> bytes:
-        return b',"usage":' + encode_usage(usage) if self._usage_always else self._usage_null
+    def failure(self, error: ServerError) -> bytes:
+        """What ends a response that cannot go on."""
 
 
 def encode_error(error: ServerError) -> bytes:
@@ -107,7 +62,7 @@ def encode_error(error: ServerError) -> bytes:
     return EVENT + encode(error_object(error)) + END + DONE
 
 
-async def chat_events(
+async def stream_events(
     first: RequestOutput, rest: AsyncIterator[RequestOutput], encoder: EventEncoder
 ) -> AsyncIterator[bytes]:
     """All events of one response, one item for each write. Errors become the last event: the status has been sent."""
@@ -135,13 +90,13 @@ async def chat_events(
         raise RequestFailedError("the answer ended without a reason")
     except ServerError as error:
         logger.warning("stream ended by %s: %s", error.code, error.message)
-        yield encode_error(error)
+        yield encoder.failure(error)
     except Exception:
         logger.exception("stream ended by an unexpected error")
-        yield encode_error(internal_error())
+        yield encoder.failure(internal_error())
 
 
-class ChatEventResponse(EventSourceResponse):
+class EventStreamResponse(EventSourceResponse):
     """Sends the events, a comment whenever `keep_alive_seconds` have passed, and closes `rest` however it ends."""
 
     def __init__(
@@ -153,24 +108,66 @@ class ChatEventResponse(EventSourceResponse):
         keep_alive_seconds: float,
     ) -> None:
         super().__init__(
-            chat_events(first, rest, encoder),
+            stream_events(first, rest, encoder),
             headers={"cache-control": "no-cache"},
             ping=keep_alive_seconds,
             sep="\n",
             ping_message_factory=_keep_alive,
-            send_timeout=SEND_TIMEOUT_SECONDS,
         )
         self._rest = rest
+        self._watch = _SendWatch(SEND_TIMEOUT_SECONDS)
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        """The library makes a cancel scope for each event, a sixth of what a token costs; one watch does for all."""
+        await self._watch.send(send, message)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
+            async with self._watch:
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
             logger.warning("a client has not read its stream for %g s and is taken for gone", SEND_TIMEOUT_SECONDS)
             raise ClientDisconnect from None
         finally:
             # The events' own generator may never have been started, and then its `finally` would not run.
             await close(self._rest)
+
+
+class _SendWatch:
+    """Ends the block that it guards with TimeoutError when one send takes longer than `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None  # when the oldest send that is under way began
+        self._deadline = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._deadline.__aenter__()
+        self._loop = asyncio.get_running_loop()
+        self._look()
+
+    async def __aexit__(self, *failure: Any) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._deadline.__aexit__(*failure)
+
+    async def send(self, send: Send, message: Message) -> None:
+        if self._since is not None:  # a keep-alive behind an event that waits
+            await send(message)
+            return
+        self._since = self._loop.time()
+        try:
+            await send(message)
+        finally:
+            self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if self._since is not None and now - self._since >= self._seconds:
+            self._deadline.reschedule(now)
+        else:
+            self._timer = self._loop.call_later(self._seconds / 4, self._look)
 
 
 def _keep_alive() -> ServerSentEvent:

@@ -14,9 +14,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, PlainValidator, RootModel, WithJsonSchema
 
 from server.api.body import read_json_object
-from server.api.chat import to_chat_input
-from server.api.chat_protocol import ChatCompletionRequest, parse_chat_request
-from server.api.completions_protocol import check_token_ids, parse_token_ids
+from server.api.chat.protocol import ChatCompletionRequest, parse_chat_request
+from server.api.chat.routes import to_chat_input
+from server.api.completions.protocol import check_token_ids, parse_token_ids
 from server.api.errors import invalid_type, invalid_value, too_many
 from server.api.models import check_model
 from server.api.protocol import Body, validate

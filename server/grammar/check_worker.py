@@ -1,7 +1,7 @@
 """A process that tries grammars: `python -m server.grammar.check_worker`.
 
 Reads a vocabulary and then grammars from stdin, and writes for each whether it may be compiled elsewhere, until stdin
-closes. A grammar that takes too long is the parent's to notice; one that crashes the library ends this process alone.
+closes. A grammar that takes too long or crashes the library ends this process, and no other.
 
 A frame is four bytes of length (big-endian) and a msgpack message.
     in:  frame(Setup), then a frame(GrammarSpec) each time
@@ -32,7 +32,9 @@ from server.types import GrammarSpec
 # Less than a thread elsewhere has, so that what does not overflow it here does not overflow it there.
 _STACK_BYTES = 4 << 20
 _MEMORY_BYTES = 1 << 30
-_COMPILE_SECONDS = 0.7  # of CPU: how busy the machine is does not decide
+# Seconds of CPU, so that it does not matter how busy the machine is. The first ends the process.
+CHECK_SECONDS = 1.2
+_COMPILE_SECONDS = 0.7
 _STEP_SECONDS = 0.02  # real schemas: 0.003 at most
 _TRIALS = 3
 _TRIAL_TOKENS = 16
@@ -86,7 +88,10 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         _send(replies, Reply())
         while True:
             spec = msgspec.msgpack.decode(_read(requests), type=GrammarSpec)
-            _send(replies, Reply(_try(compiler, spec, setup)))
+            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)  # nothing handles its signal, which ends the process
+            reply = Reply(_try(compiler, spec, setup))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _send(replies, reply)
 
 
 def _try(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> str | None:

@@ -1,7 +1,7 @@
 """Whether a client's grammar may be compiled, found out in a process that can be killed.
 
 The library is native and recursive: there are sources of a few kilobytes that it compiles for minutes, or that end
-the process by overflowing its stack. So each new source is tried in a child first, for a second and a half at most.
+the process by overflowing its stack. So each new source is tried in a child first, for about a second at most.
 Knows the child; knows nothing of requests. Safe to use from several threads, and blocking.
 """
 
@@ -29,7 +29,7 @@ from server.types import GrammarSpec
 
 logger = logging.getLogger(__name__)
 
-CHECK_SECONDS = 1.5
+_ANSWER_SECONDS = 10.0  # the child ends itself long before, unless the machine has no time for it
 _START_SECONDS = 30.0
 _REMEMBERED = 4096
 _PACKAGE_PARENT = Path(server.__file__).resolve().parent.parent
@@ -75,8 +75,8 @@ class GrammarChecker:
     def check(self, spec: GrammarSpec) -> None:
         """Raises ClientError with `spec.param` for what is malformed, not supported, too slow or too complex.
 
-        Raises UnavailableError when no child can be started. Returns within `CHECK_SECONDS`, not counting the checks
-        before it and a child's start.
+        Raises UnavailableError when no child can be started or the machine is too busy. Takes as much CPU time as
+        `check_worker.CHECK_SECONDS` at most, not counting a child's start.
         """
         check_size(spec)
         key = hashlib.sha256(f"{spec.kind}:{spec.source}".encode()).digest()
@@ -95,7 +95,10 @@ class GrammarChecker:
         child = self._ensure_child()
         try:
             _write(child, frame(spec))
-            reply = _read(child, CHECK_SECONDS)
+            reply = _read(child, _ANSWER_SECONDS)
+        except TimeoutError:
+            self._end_child()
+            raise _unavailable() from None
         except (OSError, EOFError, msgspec.DecodeError):
             logger.warning("a grammar took too long or broke the process that tried it; replacing the process")
             self._end_child()
@@ -120,7 +123,7 @@ class GrammarChecker:
             _read(self._child, _START_SECONDS)
         except (OSError, EOFError, msgspec.DecodeError):
             self._end_child()
-            raise UnavailableError("no process could be started to check a grammar") from None
+            raise _unavailable() from None
         return self._child
 
     def _end_child(self) -> None:
@@ -128,6 +131,10 @@ class GrammarChecker:
             self._child.kill()
             self._child.communicate()  # closes the pipes and waits
             self._child = None
+
+
+def _unavailable() -> UnavailableError:
+    return UnavailableError("the grammar could not be checked; try again", code="grammar_checker_unavailable")
 
 
 def _write(child: subprocess.Popen[bytes], data: bytes) -> None:

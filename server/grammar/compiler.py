@@ -39,7 +39,7 @@ _TOO_COMPLEX = "it is too large or too complex"
 _REASONS = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r"Unsatisfiable schema", "no value satisfies it"),
+        (r"Unsatisfiable schema|NoExtension", "no value satisfies it"),
         (r"circular references", "references that form a circle have other keywords beside them"),
         (r"oneOf constraints", "oneOf is supported only where its alternatives clearly exclude each other"),
         (r"min/maxProperties", "minProperties and maxProperties need every property in `properties` to be required"),

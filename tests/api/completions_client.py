@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from server.api.completions_protocol import Completion
+from server.api.completions.protocol import Completion
 from server.types import PromptInput
 
 from .prompt_llm import PromptLLM

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from server.api.completions_choices import Choices, Collector, EchoedPrompt, TextOffsets, Wanted
-from server.api.completions_protocol import CompletionChoice
-from server.api.completions_streaming import CompletionEncoder
+from server.api.completions.choices import Choices, Collector, EchoedPrompt, TextOffsets, Wanted
+from server.api.completions.protocol import CompletionChoice
+from server.api.completions.streaming import CompletionEncoder
 from server.api.protocol import StreamOptions
 from server.errors import RequestFailedError
 from server.types import FinishReason, Logprob, RequestOutput, Usage

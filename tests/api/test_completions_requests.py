@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api.completions_protocol import MAX_ANSWERS, MAX_PROMPTS
+from server.api.completions.protocol import MAX_ANSWERS, MAX_PROMPTS
 from server.errors import ClientError, EngineDeadError, RequestFailedError
 from server.types import FinishReason, GrammarSpec, RequestOutput, Truncation
 

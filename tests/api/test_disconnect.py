@@ -19,8 +19,9 @@ import pytest
 from starlette.types import Message
 
 from server.api import streaming
+from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import StreamOptions
-from server.api.streaming import ChatEventResponse, ChunkEncoder
+from server.api.streaming import EventStreamResponse
 from server.types import FinishReason, RequestOutput
 
 from .scripted_llm import Hang, ScriptedLLM, say, serving, wait_until
@@ -136,7 +137,7 @@ def test_before_the_stream_has_begun() -> None:
     async def run() -> None:
         rest = outputs()
         encoder = ChunkEncoder({}, StreamOptions())
-        answer = ChatEventResponse(await anext(rest), rest, encoder=encoder, keep_alive_seconds=5)
+        answer = EventStreamResponse(await anext(rest), rest, encoder=encoder, keep_alive_seconds=5)
         await answer({"type": "http", "method": "POST"}, receive, send)
         assert closed == [True]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.messages import parse_messages
+from server.api.chat.messages import parse_messages
 from server.errors import ClientError
 from server.types import ImageInput, TextPart, Turn
 

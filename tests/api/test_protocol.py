@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from server.api.chat import to_chat_input
-from server.api.chat_protocol import ChatCompletionRequest, parse_chat_request
+from server.api.chat.protocol import ChatCompletionRequest, parse_chat_request
+from server.api.chat.routes import to_chat_input
 from server.api.errors import MAX_MESSAGE_CHARS
 from server.api.protocol import Body
 from server.errors import ClientError

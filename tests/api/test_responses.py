@@ -13,8 +13,8 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
-from server.api.responses_answer import ResponseObject
-from server.api.responses_schemas import responses_examples
+from server.api.responses.answer import ResponseObject
+from server.api.responses.schemas import responses_examples
 from server.api.schemas import EXAMPLE_IMAGE
 from server.errors import ClientError, EngineDeadError, RequestFailedError, UnavailableError
 from server.types import FinishReason, ImageInput, Logprob, TextPart, Turn

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.api.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, parse_messages
-from server.api.responses_input import parse_input
+from server.api.chat.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, parse_messages
+from server.api.responses.input import parse_input
 from server.api.schemas import EXAMPLE_IMAGE
 from server.errors import ClientError
 from server.types import ImageInput, TextPart, Turn

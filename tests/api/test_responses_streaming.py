@@ -15,13 +15,14 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from server.api.responses_answer import Answer, ResponseObject
-from server.api.responses_protocol import parse_responses_request
-from server.api.responses_streaming import ResponseEncoder, response_events
+from server.api.responses.answer import Answer, ResponseObject
+from server.api.responses.protocol import parse_responses_request
+from server.api.responses.streaming import ResponseEncoder
+from server.api.streaming import stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, Logprob, RequestOutput
 
-from .scripted_llm import TWO_CATS, Hang, ScriptedLLM, played, say, serving
+from .scripted_llm import Hang, ScriptedLLM, played, say, serving
 
 SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ORDER = [
@@ -87,7 +88,7 @@ def stream(script: Sequence[RequestOutput | Exception]) -> list[str]:
         assert isinstance(script[0], RequestOutput)
         first = played(script[0], "r", 1)
         encoder = ResponseEncoder(Answer(request=parse_responses_request({"input": "Hi"}), model="m"), None)
-        return [event.decode() async for event in response_events(first, rest(), encoder)]
+        return [event.decode() async for event in stream_events(first, rest(), encoder)]
 
     return asyncio.run(collect())
 
@@ -353,10 +354,3 @@ def test_a_client_that_leaves_ends_its_answer(
         assert llm.hanging.wait(5)
         assert not llm.closed.is_set()
     assert llm.closed.wait(1)
-
-
-def test_an_engine_is_read_to_its_end(llm: ScriptedLLM, url: str) -> None:
-    """What it does after the last output, it does while the request still lives."""
-    llm.script = (*TWO_CATS, 0.01)
-    assert names(parse(post(url).text)) == ORDER
-    assert llm.closed.is_set()

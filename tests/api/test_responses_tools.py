@@ -12,7 +12,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from server.api.responses_answer import ResponseObject
+from server.api.responses.answer import ResponseObject
 from server.errors import ClientError
 from server.types import ChatInput, EngineRequest, FinishReason, Logprob, PromptInput, TextPart
 

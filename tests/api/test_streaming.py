@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import CompletionUsage, StreamOptions
-from server.api.streaming import ChunkEncoder, chat_events
+from server.api.streaming import stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, RequestOutput, Usage
 
@@ -53,7 +54,7 @@ def stream(script: Sequence[RequestOutput | Exception], **options: bool) -> list
     async def collect() -> list[bytes]:
         assert isinstance(script[0], RequestOutput)
         first = played(script[0], "r", 1)
-        return [event async for event in chat_events(first, rest(), ChunkEncoder(HEAD, StreamOptions(**options)))]
+        return [event async for event in stream_events(first, rest(), ChunkEncoder(HEAD, StreamOptions(**options)))]
 
     return asyncio.run(collect())
 

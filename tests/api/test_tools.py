@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from server.api.chat import to_chat_input
-from server.api.chat_protocol import parse_chat_request
-from server.api.tools import MAX_PARALLEL_CALLS
+from server.api.chat.protocol import parse_chat_request
+from server.api.chat.routes import to_chat_input
+from server.api.chat.tools import MAX_PARALLEL_CALLS
 from server.errors import ClientError
 from server.types import ChatInput, GrammarSpec, TextPart
 

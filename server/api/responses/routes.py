@@ -11,17 +11,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.body import read_json_object, require_json
+from server.api.chat.tools import ToolPlan
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
-from server.api.responses_answer import Answer, Collector, ResponseObject
-from server.api.responses_protocol import ResponsesRequest, parse_responses_request
-from server.api.responses_schemas import responses_examples
-from server.api.responses_streaming import ResponseEncoder, ResponseEventResponse
-from server.api.responses_tools import calls_grammar, plan_function_tools, suspects
+from server.api.responses.answer import Answer, Collector, ResponseObject
+from server.api.responses.protocol import ResponsesRequest, parse_responses_request
+from server.api.responses.schemas import responses_examples
+from server.api.responses.streaming import ResponseEncoder
+from server.api.responses.tools import calls_grammar, plan_function_tools, suspects
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
-from server.api.streaming import encode
-from server.api.tools import ToolPlan
+from server.api.streaming import EventStreamResponse, encode
 from server.errors import ClientError, NotFoundError, RequestFailedError
 from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, RequestOutput, SamplingParams
 
@@ -58,7 +58,7 @@ def responses_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             response = await unless_disconnected(request.receive, work)
             return Response(encode(response), media_type="application/json")
         first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
-        return ResponseEventResponse(
+        return EventStreamResponse(
             first, rest, encoder=ResponseEncoder(answer, parser), keep_alive_seconds=config.keep_alive_seconds
         )
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from server.api.chat.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, parse_content, parse_message, string_field
 from server.api.errors import invalid_type, invalid_value, missing, too_many
-from server.api.messages import MAX_MESSAGES, MAX_PARTS, MAX_TOOL_CALLS, parse_content, parse_message, string_field
 from server.errors import ClientError
 from server.types import TextPart, Turn
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.api.completions_protocol import CompletionChoice, CompletionLogprobs
+from server.api.completions.protocol import CompletionChoice, CompletionLogprobs
 from server.api.protocol import finish_reason_name
 from server.errors import RequestFailedError
 from server.types import FinishReason, Logprob, RequestOutput, Usage

@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 
-from server.api.completions_choices import Choices, Piece
+from server.api.completions.choices import Choices, Piece
 from server.api.protocol import StreamOptions
-from server.api.streaming import DONE, END, EVENT, encode, encode_usage
+from server.api.streaming import DONE, END, EVENT, encode, encode_error, encode_usage
+from server.errors import ServerError
 from server.types import RequestOutput, Usage
 
 
@@ -48,6 +49,9 @@ class CompletionEncoder:
         if not self._usage_at_end:
             return DONE
         return self._head + b'],"usage":' + encode_usage(self._choices.usage(usage)) + b"}" + END + DONE
+
+    def failure(self, error: ServerError) -> bytes:
+        return encode_error(error)
 
     def _chunk(self, piece: Piece, usage: Usage) -> bytes:
         logprobs = b"null" if piece.logprobs is None else encode(piece.logprobs.model_dump())

@@ -7,15 +7,15 @@ event says by its name how the answer ended, so nothing follows it.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from server.api.errors import error_object, internal_error
-from server.api.responses_answer import Answer, end_reason, end_status
-from server.api.responses_items import Closed, EndStatus, Grown, Item, ItemBuilder, MessageItem, Opened, Step
-from server.api.streaming import END, ChatEventResponse, encode
-from server.api.tool_calls import CallParser
-from server.errors import RequestFailedError, ServerError
+from server.api.chat.tool_calls import CallParser
+from server.api.errors import error_object
+from server.api.responses.answer import Answer, end_status
+from server.api.responses.items import Closed, EndStatus, Grown, Item, ItemBuilder, MessageItem, Opened, Step
+from server.api.streaming import END, encode
+from server.errors import ServerError
 from server.types import RequestOutput, Usage
 
 logger = logging.getLogger(__name__)
@@ -123,43 +123,3 @@ class ResponseEncoder:
 def _place(item: Item) -> dict[str, Any]:
     place: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
     return {**place, "content_index": 0} if isinstance(item, MessageItem) else place
-
-
-async def response_events(
-    first: RequestOutput, rest: AsyncIterator[RequestOutput], encoder: ResponseEncoder
-) -> AsyncIterator[bytes]:
-    """All events of one answer, one item for each write. Errors become the last events: the status has been sent."""
-    try:
-        reason = end_reason(first)
-        events = encoder.opening(first)
-        events += encoder.content(first) if reason is None else encoder.finish(first, reason) + encoder.end(first.usage)
-        yield events
-        async for output in rest:
-            reason = end_reason(output)
-            if reason is not None:
-                yield encoder.finish(output, reason) + encoder.end(output.usage)
-            elif events := encoder.content(output):
-                yield events
-        if reason is None:
-            raise RequestFailedError("the answer ended without a reason")
-    except ServerError as error:
-        logger.warning("stream ended by %s: %s", error.code, error.message)
-        yield encoder.failure(error)
-    except Exception:
-        logger.exception("stream ended by an unexpected error")
-        yield encoder.failure(internal_error())
-
-
-class ResponseEventResponse(ChatEventResponse):
-    """Sends the events of a response; all else is as with a chat's chunks."""
-
-    def __init__(
-        self,
-        first: RequestOutput,
-        rest: AsyncIterator[RequestOutput],
-        *,
-        encoder: ResponseEncoder,
-        keep_alive_seconds: float,
-    ) -> None:
-        super().__init__(first, rest, encoder=encoder, keep_alive_seconds=keep_alive_seconds)
-        self.body_iterator = response_events(first, rest, encoder)

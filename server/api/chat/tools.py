@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from server.api.chat.tool_calls import CallArrayParser, CallParser, NamedCallParser
 from server.api.errors import invalid_type, invalid_value, missing
 from server.api.protocol import Body
 from server.api.structured import check_size, schema_source
-from server.api.tool_calls import CallArrayParser, CallParser, NamedCallParser
 from server.api.unsupported import unsupported_value
 from server.types import GrammarSpec, TextPart, Turn
 

@@ -13,15 +13,16 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.body import read_json_object, require_json
-from server.api.chat_answer import Answer, ChoiceBuilder, build_completion
-from server.api.chat_chunks import DetailedChunkEncoder
-from server.api.chat_protocol import ChatCompletion, ChatCompletionRequest, parse_chat_request
+from server.api.chat.answer import Answer, ChoiceBuilder, build_completion
+from server.api.chat.chunks import ChunkEncoder
+from server.api.chat.details import DetailedChunkEncoder
+from server.api.chat.protocol import ChatCompletion, ChatCompletionRequest, parse_chat_request
+from server.api.chat.tools import ToolPlan
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, chat_examples, error_answers, request_body
-from server.api.streaming import ChatEventResponse, ChunkEncoder, EventEncoder
-from server.api.tools import ToolPlan
+from server.api.streaming import EventEncoder, EventStreamResponse
 from server.errors import ClientError, RequestFailedError
 from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, RequestOutput, SamplingParams, Turn
 
@@ -62,7 +63,7 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             completion = await unless_disconnected(request.receive, work)
             return Response(completion, media_type="application/json")
         first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
-        return ChatEventResponse(
+        return EventStreamResponse(
             first, rest, encoder=_encoder(body, tools, answer), keep_alive_seconds=config.keep_alive_seconds
         )
 

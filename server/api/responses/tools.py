@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 from pydantic import Field
 
-from server.api.messages import string_field
-from server.api.tools import FunctionDefinition, ToolDefinition, ToolPlan, plan_tools
+from server.api.chat.messages import string_field
+from server.api.chat.tools import FunctionDefinition, ToolDefinition, ToolPlan, plan_tools
 from server.errors import ClientError
 from server.types import GrammarSpec
 

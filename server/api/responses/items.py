@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from pydantic import BaseModel, Field
 
-from server.api.chat_chunks import encode_logprobs
-from server.api.chat_protocol import TokenLogprob
-from server.api.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
+from server.api.chat.details import encode_logprobs
+from server.api.chat.protocol import TokenLogprob
+from server.api.chat.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
 from server.types import RequestOutput
 
 EndStatus = Literal["completed", "incomplete"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from server.api.chat_chunks import encode_logprobs, logprobs_object
+from server.api.chat.details import encode_logprobs, logprobs_object
+from server.api.chat.tool_calls import CallArguments, CallParser, CallStart, Content
 from server.api.protocol import CompletionUsage, finish_reason_name
-from server.api.tool_calls import CallArguments, CallParser, CallStart, Content
 from server.errors import RequestFailedError
 from server.types import RequestOutput
 

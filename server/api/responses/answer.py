@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from server.api.chat.tool_calls import CallParser
 from server.api.protocol import finish_reason_name
-from server.api.responses_items import EndStatus, FunctionCall, ItemBuilder, OutputMessage
-from server.api.responses_protocol import ResponsesRequest
-from server.api.responses_tools import TOOL_CHOICE_SCHEMA, FunctionTool
-from server.api.tool_calls import CallParser
+from server.api.responses.items import EndStatus, FunctionCall, ItemBuilder, OutputMessage
+from server.api.responses.protocol import ResponsesRequest
+from server.api.responses.tools import TOOL_CHOICE_SCHEMA, FunctionTool
 from server.errors import RequestFailedError
 from server.types import RequestOutput, Usage
 

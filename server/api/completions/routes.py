@@ -15,21 +15,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.body import read_json_object, require_json
-from server.api.completions_choices import Choices, Collector, EchoedPrompt, Wanted
-from server.api.completions_protocol import (
+from server.api.completions.choices import Choices, Collector, EchoedPrompt, Wanted
+from server.api.completions.protocol import (
     Completion,
     CompletionRequest,
     check_token_ids,
     completion_examples,
     parse_completion_request,
 )
-from server.api.completions_streaming import CompletionEncoder
+from server.api.completions.streaming import CompletionEncoder
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
 from server.api.protocol import CompletionUsage
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
-from server.api.streaming import ChatEventResponse
+from server.api.streaming import EventStreamResponse
 from server.errors import RequestFailedError
 from server.types import EngineRequest, Logprob, PromptInput, RequestOutput
 
@@ -68,7 +68,7 @@ def completions_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             completion = await unless_disconnected(request.receive, _complete(llm, body, inputs, head))
             return Response(completion.model_dump_json(), media_type="application/json")
         first, rest, choices = await unless_disconnected(request.receive, _begin(llm, body, inputs))
-        return ChatEventResponse(
+        return EventStreamResponse(
             first,
             rest,
             encoder=CompletionEncoder(head, body.stream_options, choices),
