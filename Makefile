@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+CLIENTS_VENV := .venv-clients
 MODEL  ?=
 PORT   ?= 8000
 CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
 
-.PHONY: help serve test check format bench clean
+.PHONY: help serve test test-clients check format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
+	@echo "make test-clients [VLLM=path] [CLIENTS='openai langchain ...']"
 	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,6 +26,15 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+$(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/clients/requirements.txt
+	@touch $@
+
+test-clients: $(VENV)/.installed $(CLIENTS_VENV)/.installed
+	SERVER_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/idefics2-server bench --base-url http://127.0.0.1:$(PORT) $(ARGS)
@@ -39,4 +50,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format server tests
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) build *.egg-info

@@ -60,6 +60,7 @@ DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
 
 
 CUT_SECONDS = 5  # what clients get to read the last event of a stream that was ended
+DRAIN_POLL_SECONDS = 0.05
 
 
 def resolve_folder(config: ServerConfig) -> Path:
@@ -261,9 +262,10 @@ def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> As
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which ends by itself after SIGTERM or SIGINT: uvicorn would raise the signal a second time.
+    """uvicorn's server, which goes on listening after SIGTERM or SIGINT until `should_exit` is set: uvicorn would
+    close its sockets at once, and raise the signal a second time.
 
-    `leaving` is set by the first of them.
+    `leaving` is set by the first of them; a second one ends the server at once.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -271,7 +273,8 @@ class DrainingServer(uvicorn.Server):
         self.leaving = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+        if self.leaving.is_set():
+            super().handle_exit(sig, frame)
         self.leaving.set()
 
     @contextlib.contextmanager
@@ -319,19 +322,25 @@ async def _serve(llm: AsyncLLM, server: DrainingServer, shutdown_timeout: float)
 
 
 async def _drain(llm: AsyncLLM, server: DrainingServer, seconds: float) -> None:
-    """From the first signal on: nothing new, and after `seconds` an error event for whatever is still running."""
+    """From the first signal on: a 503 for what is new, and after `seconds` an error event for what is still running.
+
+    The sockets stay open until nothing is, so that clients are told to come back rather than refused a connection.
+    """
     await server.leaving.wait()
     llm.drain()
-    await asyncio.sleep(seconds)
+    deadline = time.monotonic() + seconds
+    while llm.num_in_flight and time.monotonic() < deadline and not server.should_exit:  # noqa: ASYNC110 - rare
+        await asyncio.sleep(DRAIN_POLL_SECONDS)
     llm.end_all()
+    server.should_exit = True
 
 
-async def _load(llm: AsyncLLM, server: uvicorn.Server) -> None:
+async def _load(llm: AsyncLLM, server: DrainingServer) -> None:
     """Start the engine; if it cannot start, the server goes too."""
     try:
         info = await llm.start()
     except BaseException:
-        if server.should_exit:
+        if server.leaving.is_set():
             return  # stopped by the operator while loading
         server.should_exit = True
         raise

@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "server", *args]
+    return [os.environ.get("SERVER_PYTHON", sys.executable), "-m", "server", *args]
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

@@ -253,7 +253,7 @@ BAD = [
         "messages[0].content[0].image_url.url",
         "invalid_image_url",
     ),
-    ({"messages": [user("x")], "n": 2}, "n", None),
+    ({"messages": [user("x")], "n": 17}, "n", "integer_above_max_value"),
 ]
 
 

@@ -91,7 +91,8 @@ MESSAGES_SCHEMA: dict[str, Any] = {
 
 # What a streamed answer's body is, beside the schema of one that is not.
 STREAM_CONTENT: dict[str, Any] = {
-    "text/event-stream": {"schema": {"type": "string", "description": "Server-sent events, each with JSON."}}
+    # No schema: readers of this page apply it to the whole body, or to each event, as they like.
+    "text/event-stream": {"example": 'data: {"object":"chat.completion.chunk","choices":[…]}\n\ndata: [DONE]\n\n'}
 }
 _ERRORS = {
     400: "The request is at fault; `param` and `code` say where and how.",

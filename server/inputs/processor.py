@@ -230,8 +230,9 @@ def _check_length(num_tokens: int, max_model_len: int, *, param: str, is_lower_b
     """A prompt must leave room for one token of an answer."""
     if num_tokens >= max_model_len:
         raise ClientError(
-            f"this model's context is {max_model_len} tokens and an answer needs one of them; '{param}' takes "
-            f"{'at least ' if is_lower_bound else ''}{num_tokens}",
+            # "maximum context length" and "prompt is too long" are what LiteLLM and LangChain know this error by.
+            f"this model's maximum context length is {max_model_len} tokens, one of them for an answer, and the prompt "
+            f"is too long: '{param}' takes {'at least ' if is_lower_bound else ''}{num_tokens}",
             param=param,
             code="context_length_exceeded",
         )

@@ -279,7 +279,7 @@ def test_a_text_that_cannot_fit_is_refused_without_encoding_it(
     chats = [make_chat(turn("a " * 2_500_000)), make_chat(*[turn("word " * 500) for _ in range(2000)])]
     for chat in chats:
         started = time.monotonic()
-        with pytest.raises(ClientError, match=r"context is 4096 tokens .* takes at least") as caught:
+        with pytest.raises(ClientError, match=r"context length is 4096 tokens.* takes at least") as caught:
             process(processor, chat)
         assert caught.value.code == "context_length_exceeded"
         assert time.monotonic() - started < 1
