@@ -62,12 +62,42 @@ def encode_error(error: ServerError) -> bytes:
     return EVENT + encode(error_object(error)) + END + DONE
 
 
-async def stream_events(
-    first: RequestOutput, rest: AsyncIterator[RequestOutput], encoder: EventEncoder
-) -> AsyncIterator[bytes]:
+class OpenStream:
+    """Outputs of which the first is being waited for.
+
+    As long as nothing is sent, an error can still be an HTTP status; but a client that hears nothing for too long, or a
+    proxy before it, goes away. So the first output is waited for as long as any other silence may last, and no longer.
+    """
+
+    def __init__(self, outputs: AsyncIterator[RequestOutput]) -> None:
+        self.rest = outputs
+        self.first: asyncio.Task[RequestOutput] = asyncio.ensure_future(anext(outputs))
+
+    async def wait(self, seconds: float) -> None:
+        """At most so long for the first output. Raises what went wrong until then."""
+        try:
+            await asyncio.wait((self.first,), timeout=seconds)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        if self.first.done():
+            try:
+                self.first.result()
+            except StopAsyncIteration:
+                raise RequestFailedError("the answer ended before it began") from None
+
+    async def close(self) -> None:
+        self.first.cancel()
+        await asyncio.gather(self.first, return_exceptions=True)
+        await close(self.rest)
+
+
+async def stream_events(opened: OpenStream, encoder: EventEncoder) -> AsyncIterator[bytes]:
     """All events of one response, one item for each write. Errors become the last event: the status has been sent."""
     num_open = encoder.num_choices
+    rest = opened.rest
     try:
+        first = await opened.first
         reason = _finish_reason(first)
         events = encoder.opening(first) + (encoder.content(first) if reason is None else encoder.finish(first, reason))
         num_open -= reason is not None
@@ -101,20 +131,19 @@ class EventStreamResponse(EventSourceResponse):
 
     def __init__(
         self,
-        first: RequestOutput,
-        rest: AsyncIterator[RequestOutput],
+        opened: OpenStream,
         *,
         encoder: EventEncoder,
         keep_alive_seconds: float,
     ) -> None:
         super().__init__(
-            stream_events(first, rest, encoder),
+            stream_events(opened, encoder),
             headers={"cache-control": "no-cache"},
             ping=keep_alive_seconds,
             sep="\n",
             ping_message_factory=_keep_alive,
         )
-        self._rest = rest
+        self._opened = opened
         self._watch = _SendWatch(SEND_TIMEOUT_SECONDS)
 
     async def _send_with_timeout(self, send: Send, message: Message) -> None:
@@ -130,7 +159,7 @@ class EventStreamResponse(EventSourceResponse):
             raise ClientDisconnect from None
         finally:
             # The events' own generator may never have been started, and then its `finally` would not run.
-            await close(self._rest)
+            await self._opened.close()
 
 
 class _SendWatch:

@@ -32,7 +32,6 @@ _LITERAL_OR_JSON = re.compile(f"{_COMMENT_OR_LITERAL}|%json\\s*")
 _OPTIONS = re.compile(r"%llguidance(?!\s*\{\s*\})")
 # Attributes that end a rule by tokens or by hidden text, which the visible text would not show.
 _ATTRIBUTE = re.compile(r"\[[^\]]*\b(?:stop|stop_capture|max_tokens|temperature)\b[^\]]*\]\s*:")
-_LARK_START = re.compile(r"(?m)^\s*[!?]*start\b")
 
 
 def check_size(spec: GrammarSpec) -> None:
@@ -87,7 +86,7 @@ def _quote(text: str, *, param: str) -> str:
 
 def _grammar(spec: GrammarSpec) -> str:
     text = spec.source
-    if "::=" in _LITERAL.sub('""', text) and not _LARK_START.search(text):
+    if "::=" in _LITERAL.sub('""', text):  # which Lark has only within literals
         text = _from_gbnf(text, param=spec.param)
     text = _prepare_schemas(text, param=spec.param)
     bare = _LITERAL.sub('""', text)

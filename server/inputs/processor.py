@@ -72,17 +72,23 @@ class InputProcessor:
         sampling = item.sampling
         num_tokens = len(prompt.token_ids)
         _check_length(num_tokens, max_model_len, param=_param(item))
+        room = max_model_len - num_tokens
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if sampling.min_tokens > max_tokens:
+            raise ClientError(
+                f"'min_tokens' is {sampling.min_tokens}: the answer may have at most {max_tokens} tokens",
+                param="min_tokens",
+            )
         if sampling.grammar is not None:
             await self._check_grammar(sampling.grammar)
         tiles = [tile for loaded in await self._images.load(_images(item)) for tile in loaded]
-        room = max_model_len - num_tokens
         return EngineRequest(
             # A client may choose its id twice; the engine's own is never the same.
             request_id=f"{item.request_id}-{next(self._counter)}",
             prompt_token_ids=prompt.token_ids,
             sampling=msgspec.structs.replace(
                 sampling,
-                max_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+                max_tokens=max_tokens,
                 seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             ),
             eos_token_ids=self._eos_token_ids,
@@ -115,8 +121,10 @@ class InputProcessor:
             )
         num_characters = _num_characters(item)
         at_least = self.tokenizer.min_tokens(num_characters)
-        _check_length(at_least, max_model_len, param=_param(item), is_lower_bound=True)
-        if num_characters <= INLINE_CHARACTERS:
+        num_turns = len(item.turns) if isinstance(item, ChatInput) else 0
+        # Each turn ends with a token of its own.
+        _check_length(at_least + num_turns, max_model_len, param=_param(item), is_lower_bound=True)
+        if num_characters + 64 * num_turns <= INLINE_CHARACTERS:
             prompt = self._encode_item(item)
         else:
             prompt = await asyncio.to_thread(self._encode_item, item)

@@ -76,7 +76,9 @@ class RequestStream:
         if self.finish_reason is None and output.finish_reason is not None:
             self._text.append(self._rest())
             self._finish(output.finish_reason, now)
-            if output.stop_token_id is not None and output.stop_token_id not in self.request.eos_token_ids:
+            # Under `ignore_eos` the end is a token like others, and ends an answer only where a client named it.
+            is_eos = output.stop_token_id in self.request.eos_token_ids and not self.request.sampling.ignore_eos
+            if output.stop_token_id is not None and not is_eos:
                 self._stop_reason = output.stop_token_id
         self.notify()
 

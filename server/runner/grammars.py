@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOST = "the engine lost its place in this request's grammar"
+
 
 class GrammarBank:
     """Matchers by answer id, from `prepare` until `drop`."""
@@ -98,9 +100,10 @@ def advance(states: Iterable[RequestState], sampled: dict[str, int], failed: dic
             continue
         try:
             state.matcher.advance(sampled[request_id])
-        except ClientError as error:
+        except (ClientError, ValueError) as error:  # ValueError: no mask should let that happen, nor end a whole step
             del sampled[request_id]
-            failed[request_id] = error.message
+            failed[request_id] = error.message if isinstance(error, ClientError) else LOST
+            logger.warning("request %s: %s", request_id, failed[request_id])
             continue
         if state.matcher.is_finished:
             complete.add(request_id)

@@ -21,7 +21,7 @@ from starlette.types import Message
 from server.api import streaming
 from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import StreamOptions
-from server.api.streaming import EventStreamResponse
+from server.api.streaming import EventStreamResponse, OpenStream
 from server.types import FinishReason, RequestOutput
 
 from .scripted_llm import Hang, ScriptedLLM, say, serving, wait_until
@@ -135,9 +135,9 @@ def test_before_the_stream_has_begun() -> None:
         await asyncio.Event().wait()
 
     async def run() -> None:
-        rest = outputs()
-        encoder = ChunkEncoder({}, StreamOptions())
-        answer = EventStreamResponse(await anext(rest), rest, encoder=encoder, keep_alive_seconds=5)
+        opened = OpenStream(outputs())
+        await opened.wait(5)
+        answer = EventStreamResponse(opened, encoder=ChunkEncoder({}, StreamOptions()), keep_alive_seconds=5)
         await answer({"type": "http", "method": "POST"}, receive, send)
         assert closed == [True]
 

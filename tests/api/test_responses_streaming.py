@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from server.api.responses.answer import Answer, ResponseObject
 from server.api.responses.protocol import parse_responses_request
 from server.api.responses.streaming import ResponseEncoder
-from server.api.streaming import stream_events
+from server.api.streaming import OpenStream, stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, Logprob, RequestOutput
 
@@ -78,17 +78,15 @@ def names(events: list[dict[str, Any]]) -> list[str]:
 def stream(script: Sequence[RequestOutput | Exception]) -> list[str]:
     """The events of a stream, without a server: one item for each write."""
 
-    async def rest() -> AsyncIterator[RequestOutput]:
-        for index, step in enumerate(script[1:], start=2):
+    async def outputs() -> AsyncIterator[RequestOutput]:
+        for index, step in enumerate(script, start=1):
             if isinstance(step, Exception):
                 raise step
             yield played(step, "r", index)
 
     async def collect() -> list[str]:
-        assert isinstance(script[0], RequestOutput)
-        first = played(script[0], "r", 1)
         encoder = ResponseEncoder(Answer(request=parse_responses_request({"input": "Hi"}), model="m"), None)
-        return [event.decode() async for event in stream_events(first, rest(), encoder)]
+        return [event.decode() async for event in stream_events(OpenStream(outputs()), encoder)]
 
     return asyncio.run(collect())
 

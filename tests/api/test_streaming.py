@@ -13,12 +13,15 @@ import pytest
 
 from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import CompletionUsage, StreamOptions
-from server.api.streaming import stream_events
+from server.api.streaming import OpenStream, stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, RequestOutput, Usage
 
-from .scripted_llm import TWO_CATS, Hang, ScriptedLLM, played, say, serving
+from .scripted_llm import TWO_CATS, ScriptedLLM, played, say, serving
 
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+TEXT = {"prompt": "Hi"}
+INPUT = {"input": "Hi"}
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 5, "model": "m", "system_fingerprint": "fp"}
 START = 'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":5,"model":"m","system_fingerprint":"fp",'
 ROLE = '"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
@@ -45,16 +48,16 @@ def chunks(*bodies: str) -> str:
 def stream(script: Sequence[RequestOutput | Exception], **options: bool) -> list[bytes]:
     """The events of a stream, without a server: one item for each write."""
 
-    async def rest() -> AsyncIterator[RequestOutput]:
-        for index, step in enumerate(script[1:], start=2):
+    async def outputs() -> AsyncIterator[RequestOutput]:
+        for index, step in enumerate(script, start=1):
             if isinstance(step, Exception):
                 raise step
             yield played(step, "r", index)
 
     async def collect() -> list[bytes]:
-        assert isinstance(script[0], RequestOutput)
-        first = played(script[0], "r", 1)
-        return [event async for event in stream_events(first, rest(), ChunkEncoder(HEAD, StreamOptions(**options)))]
+        return [
+            event async for event in stream_events(OpenStream(outputs()), ChunkEncoder(HEAD, StreamOptions(**options)))
+        ]
 
     return asyncio.run(collect())
 
@@ -217,16 +220,29 @@ def test_silence_is_filled_with_comments() -> None:
     assert all(event.startswith(("data: ", ": keep-alive")) for event in text.removesuffix("\n\n").split("\n\n"))
 
 
-def test_nothing_is_sent_before_the_first_token() -> None:
-    """Neither status nor comment: until then, an error can still be an honest HTTP answer."""
-    llm = ScriptedLLM(script=[Hang()])
-    with serving(llm, keep_alive_seconds=0.05) as url, pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{url}/v1/chat/completions",
-            json={"messages": [{"role": "user", "content": "Hi"}], "stream": True},
-            timeout=0.3,
-        )
-    assert llm.hanging.is_set()
+@pytest.mark.parametrize(("path", "prompt"), [("chat/completions", CHAT), ("completions", TEXT), ("responses", INPUT)])
+def test_silence_before_the_first_token_is_broken_by_comments(path: str, prompt: dict[str, Any]) -> None:
+    """A prompt with many pictures takes a while, and proxies do not wait for ever."""
+    llm = ScriptedLLM([0.5, say("Two"), say("", FinishReason.STOP)])
+    with serving(llm, keep_alive_seconds=0.1) as url:
+        answer = httpx.post(f"{url}/v1/{path}", json={**prompt, "stream": True})
+    assert answer.status_code == 200
+    before, _, after = answer.text.partition("Two")
+    assert before.startswith(": keep-alive\n\n")
+    assert before.count(": keep-alive") >= 2
+    assert "data: " in before
+    assert ": keep-alive" not in after
+
+
+@pytest.mark.parametrize(("path", "prompt"), [("chat/completions", CHAT), ("completions", TEXT), ("responses", INPUT)])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_is_a_status_as_long_as_nothing_is_sent(path: str, prompt: dict[str, Any], late: bool) -> None:
+    llm = ScriptedLLM([0.4 if late else 0.01, EngineDeadError("gone", retry_after=5)])
+    with serving(llm, keep_alive_seconds=0.1 if late else 5.0) as url:
+        answer = httpx.post(f"{url}/v1/{path}", json={**prompt, "stream": True})
+    assert answer.status_code == (200 if late else 503)
+    assert "engine_unavailable" in answer.text
+    assert "Two" not in answer.text
 
 
 @pytest.mark.parametrize("where", ["prepare_script", "script"])

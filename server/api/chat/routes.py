@@ -22,13 +22,11 @@ from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, chat_examples, error_answers, request_body
-from server.api.streaming import EventEncoder, EventStreamResponse
-from server.errors import ClientError, RequestFailedError
-from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, RequestOutput, SamplingParams, Turn
+from server.api.streaming import EventEncoder, EventStreamResponse, OpenStream
+from server.errors import ClientError
+from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, SamplingParams, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from server.config import ServerConfig
     from server.llm import AsyncLLM
 
@@ -62,9 +60,9 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             work = _complete(llm, chat, tools, answer)
             completion = await unless_disconnected(request.receive, work)
             return Response(completion, media_type="application/json")
-        first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
+        opened = await unless_disconnected(request.receive, _begin(llm, chat, tools, config.keep_alive_seconds))
         return EventStreamResponse(
-            first, rest, encoder=_encoder(body, tools, answer), keep_alive_seconds=config.keep_alive_seconds
+            opened, encoder=_encoder(body, tools, answer), keep_alive_seconds=config.keep_alive_seconds
         )
 
     return router
@@ -140,14 +138,10 @@ async def _blame(llm: AsyncLLM, tools: ToolPlan) -> None:
         await llm.prepare(alone)
 
 
-async def _begin(
-    llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None
-) -> tuple[RequestOutput, AsyncIterator[RequestOutput]]:
-    """The first output and those to come. Until there is a first one, an error can still be an HTTP status."""
-    outputs = llm.generate(await _prepare(llm, chat, tools))
-    async for first in outputs:
-        return first, outputs
-    raise RequestFailedError("the answer ended before it began")
+async def _begin(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, seconds: float) -> OpenStream:
+    opened = OpenStream(llm.generate(await _prepare(llm, chat, tools)))
+    await opened.wait(seconds)
+    return opened
 
 
 async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, answer: Answer) -> bytes:

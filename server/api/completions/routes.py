@@ -29,7 +29,7 @@ from server.api.models import check_model
 from server.api.protocol import CompletionUsage
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
-from server.api.streaming import EventStreamResponse
+from server.api.streaming import EventStreamResponse, OpenStream
 from server.errors import RequestFailedError
 from server.types import EngineRequest, Logprob, PromptInput, RequestOutput
 
@@ -67,10 +67,10 @@ def completions_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
         if not body.stream:
             completion = await unless_disconnected(request.receive, _complete(llm, body, inputs, head))
             return Response(completion.model_dump_json(), media_type="application/json")
-        first, rest, choices = await unless_disconnected(request.receive, _begin(llm, body, inputs))
+        work = _begin(llm, body, inputs, config.keep_alive_seconds)
+        opened, choices = await unless_disconnected(request.receive, work)
         return EventStreamResponse(
-            first,
-            rest,
+            opened,
             encoder=CompletionEncoder(head, body.stream_options, choices),
             keep_alive_seconds=config.keep_alive_seconds,
         )
@@ -123,13 +123,12 @@ async def _start(
 
 
 async def _begin(
-    llm: AsyncLLM, body: CompletionRequest, inputs: list[PromptInput]
-) -> tuple[RequestOutput, AsyncIterator[RequestOutput], Choices]:
-    """The first output and those to come. Until there is a first one, an error can still be an HTTP status."""
+    llm: AsyncLLM, body: CompletionRequest, inputs: list[PromptInput], seconds: float
+) -> tuple[OpenStream, Choices]:
     outputs, choices = await _start(llm, body, inputs)
-    async for first in outputs:
-        return first, outputs, choices
-    raise RequestFailedError("the answer ended before it began")
+    opened = OpenStream(outputs)
+    await opened.wait(seconds)
+    return opened, choices
 
 
 async def _complete(

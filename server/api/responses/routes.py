@@ -21,13 +21,11 @@ from server.api.responses.streaming import ResponseEncoder
 from server.api.responses.tools import calls_grammar, plan_function_tools, suspects
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
-from server.api.streaming import EventStreamResponse, encode
+from server.api.streaming import EventStreamResponse, OpenStream, encode
 from server.errors import ClientError, NotFoundError, RequestFailedError
-from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, RequestOutput, SamplingParams
+from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from server.config import ServerConfig
     from server.llm import AsyncLLM
 
@@ -57,9 +55,9 @@ def responses_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             work = _complete(llm, chat, tools, Collector(answer, parser))
             response = await unless_disconnected(request.receive, work)
             return Response(encode(response), media_type="application/json")
-        first, rest = await unless_disconnected(request.receive, _begin(llm, chat, tools))
+        opened = await unless_disconnected(request.receive, _begin(llm, chat, tools, config.keep_alive_seconds))
         return EventStreamResponse(
-            first, rest, encoder=ResponseEncoder(answer, parser), keep_alive_seconds=config.keep_alive_seconds
+            opened, encoder=ResponseEncoder(answer, parser), keep_alive_seconds=config.keep_alive_seconds
         )
 
     @router.get("/v1/responses/{response_id}", include_in_schema=False)
@@ -117,14 +115,10 @@ def _alone(grammar: GrammarSpec) -> PromptInput:
     return PromptInput(request_id="tools", prompt="?", sampling=SamplingParams(max_tokens=1, grammar=grammar))
 
 
-async def _begin(
-    llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None
-) -> tuple[RequestOutput, AsyncIterator[RequestOutput]]:
-    """The first output and those to come. Until there is a first one, an error can still be an HTTP status."""
-    outputs = llm.generate(await _prepare(llm, chat, tools))
-    async for first in outputs:
-        return first, outputs
-    raise RequestFailedError("the answer ended before it began")
+async def _begin(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, seconds: float) -> OpenStream:
+    opened = OpenStream(llm.generate(await _prepare(llm, chat, tools)))
+    await opened.wait(seconds)
+    return opened
 
 
 async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, collector: Collector) -> dict[str, Any]:
