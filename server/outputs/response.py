@@ -29,7 +29,7 @@ class ResponseStream:
         self.streams: dict[str, RequestStream] = {}
         self._notify = notify
         self._indices: dict[RequestStream, range] = {}
-        self._leaders: list[RequestStream] = []
+        self._leaders: set[RequestStream] = set()
         self._ready: dict[RequestStream, None] = {}  # in order, each once however slow the reader is
         self._copies: deque[RequestOutput] = deque()
         index = 0
@@ -45,8 +45,15 @@ class ResponseStream:
                 index += copies
                 leader = leader or stream
                 if leader is stream:
-                    self._leaders.append(stream)
+                    self._leaders.add(stream)
         self._is_single = index == 1
+        # Sums over what was taken, kept as it grows: there may be hundreds of answers, each with an output a step.
+        self._usage = Usage(
+            prompt_tokens=sum(len(request.prompt_token_ids) for request in requests),
+            completion_tokens=0,
+            cached_tokens=0,
+            image_tokens=sum(request.num_image_tokens for request in requests),
+        )
 
     def _waker(self, stream: RequestStream) -> Callable[[], None]:
         def wake() -> None:
@@ -69,20 +76,19 @@ class ResponseStream:
                 self._ready[stream] = None  # it waits behind the text
             if self._is_single:
                 return output
-            usage = self.usage
+            self._count(stream, output)
             for index in self._indices[stream]:
-                self._copies.append(msgspec.structs.replace(output, index=index, usage=usage))
+                self._copies.append(msgspec.structs.replace(output, index=index, usage=self._usage))
             return self._copies.popleft()
         return None
 
-    @property
-    def usage(self) -> Usage:
+    def _count(self, stream: RequestStream, output: RequestOutput) -> None:
         """Each prompt counts once, each answer for itself."""
-        return Usage(
-            prompt_tokens=sum(len(stream.request.prompt_token_ids) for stream in self._leaders),
-            completion_tokens=sum(stream.num_generated * len(indices) for stream, indices in self._indices.items()),
-            cached_tokens=sum(stream.num_cached for stream in self._leaders),
-            image_tokens=sum(stream.request.num_image_tokens for stream in self._leaders),
+        is_new_prompt = output.prompt_token_ids is not None and stream in self._leaders
+        self._usage = msgspec.structs.replace(
+            self._usage,
+            completion_tokens=self._usage.completion_tokens + len(output.token_ids) * len(self._indices[stream]),
+            cached_tokens=self._usage.cached_tokens + (stream.num_cached if is_new_prompt else 0),
         )
 
     def longest_answers(self) -> list[tuple[EngineRequest, int]]:
