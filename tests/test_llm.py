@@ -180,6 +180,23 @@ def test_several_answers_and_prompts_are_one_response() -> None:
     run(Server(), scenario)
 
 
+def test_many_answers_at_once_do_not_crowd_out_those_that_are_here() -> None:
+    async def scenario(server: Server) -> None:
+        running = server.llm.generate(make_request(8, max_tokens=110))
+        await anext(running)
+        with pytest.raises(CapacityError, match="the limit is 4"):
+            await anext(server.llm.generate(make_request(8, n=4)))
+        assert len(server.outputs) == 1
+        fits = server.llm.generate(make_request(8, n=3, max_tokens=2))
+        assert [output.index async for output in fits if output.finish_reason] == [0, 1, 2]
+        await running.aclose()  # type: ignore[attr-defined]
+        await server.until_idle()
+        alone = server.llm.generate(make_request(8, n=6, max_tokens=2))
+        assert len([output async for output in alone if output.finish_reason]) == 6, "who is alone is in nobody's way"
+
+    run(Server(max_num_seqs=2, max_num_queued_reqs=2), scenario)
+
+
 def test_leaving_a_response_cancels_all_its_answers() -> None:
     async def scenario(server: Server) -> None:
         outputs = server.llm.generate(make_request(8, max_tokens=110, n=3), make_request(9, max_tokens=110))

@@ -51,7 +51,7 @@ _IMAGE_PART = {
 MESSAGES_SCHEMA: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
-    "maxItems": 1024,
+    "maxItems": 32_768,
     "items": {
         "type": "object",
         "title": "Message",

@@ -68,7 +68,7 @@ INPUT_SCHEMA: dict[str, Any] = {
         {
             "type": "array",
             "minItems": 1,
-            "maxItems": 1024,
+            "maxItems": 32_768,
             "items": {"anyOf": [_MESSAGE, _CALL, _CALL_OUTPUT, _REASONING]},
         },
     ],
