@@ -17,7 +17,7 @@ from tests.serving import Server, running_server
 pytestmark = pytest.mark.clients
 
 LEAST_CASES = 5_000
-EXAMPLES = 130  # for each operation, beside those that it makes from limits: about 5,500 in all
+EXAMPLES = 250  # for each operation, beside those that it makes from limits
 # Much of what it asks has no `max_tokens`, and means all that the context has room for.
 SMALL = ("--dtype", "float32", "--max-model-len", "192", "--max-num-seqs", "32", "--kv-cache-memory-gb", "0.1")
 CHECKS = (
