@@ -27,6 +27,8 @@ from server.types import ChatInput, EngineRequest, GrammarSpec, ImageInput, Prom
 
 # Encoding this much text takes about a millisecond; more of it goes to a thread.
 INLINE_CHARACTERS = 4096
+# What rendering a turn costs beside its text, in characters that take as long to encode.
+TURN_CHARACTERS = 64
 
 # The reference processor puts a space between a closing FAKE and a word (transformers 5, processing_idefics2.py).
 _WORD_START = re.compile(r"[^\s<]")
@@ -124,7 +126,7 @@ class InputProcessor:
         num_turns = len(item.turns) if isinstance(item, ChatInput) else 0
         # Each turn ends with a token of its own.
         _check_length(at_least + num_turns, max_model_len, param=_param(item), is_lower_bound=True)
-        if num_characters + 64 * num_turns <= INLINE_CHARACTERS:
+        if num_characters + TURN_CHARACTERS * num_turns <= INLINE_CHARACTERS:
             prompt = self._encode_item(item)
         else:
             prompt = await asyncio.to_thread(self._encode_item, item)

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from server.engine.client import EngineClient, ProcessClient, ThreadClient
 from server.engine.core import AbortRequests, EngineCore
 from server.errors import ConfigError, EngineDeadError
-from server.types import EngineOutput, EngineOutputs
+from server.types import EngineOutput, EngineOutputs, EngineRequest
 from tests.factories import core_factory, expected_answer, make_core, make_request
 
 CLIENTS = [ThreadClient, ProcessClient]
@@ -31,12 +32,15 @@ class Listener:
     def on_death(self, reason: str) -> None:
         self.died.set()
 
-    def answers(self, count: int) -> dict[str, list[int]]:
+    def answers(self, requests: Sequence[EngineRequest]) -> dict[str, list[int]]:
+        """The whole answers to these requests, and what came of others meanwhile."""
+        awaited = {request.request_id for request in requests}
         answers: dict[str, list[int]] = {}
-        while count:
+        while awaited:
             output = self.outputs.get(timeout=20)
             answers.setdefault(output.request_id, []).extend(output.new_token_ids)
-            count -= output.finish_reason is not None
+            if output.finish_reason is not None:
+                awaited.discard(output.request_id)
         return answers
 
 
@@ -53,7 +57,7 @@ def test_requests_with_pictures_come_back_answered(client_type: type[ThreadClien
         requests = [make_request(range(i, i + 20), tiles=["a", "b"], max_tokens=5) for i in range(6)]
         for request in requests:
             client.submit(request)
-        answers = listener.answers(len(requests))
+        answers = listener.answers(requests)
         for request in requests:
             assert answers[request.request_id] == expected_answer(request)
     finally:

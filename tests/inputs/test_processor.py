@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from server.errors import CheckpointError, ClientError, ServerError
 from server.inputs.chat_template import FAMILY_TEMPLATE, ChatTemplate
 from server.inputs.images import Tiles
-from server.inputs.processor import INLINE_CHARACTERS, InputProcessor
+from server.inputs.processor import INLINE_CHARACTERS, TURN_CHARACTERS, InputProcessor
 from server.inputs.tokenizer import Tokenizer
 from server.observability.metrics import ServerMetrics
 from server.types import (
@@ -377,7 +377,8 @@ def test_long_texts_are_encoded_beside_the_event_loop(tokenizer: Tokenizer, monk
         return original(self, text, first=first)
 
     monkeypatch.setattr(Tokenizer, "encode", encode)
-    for size, inline in ((INLINE_CHARACTERS, True), (INLINE_CHARACTERS + 1, False)):
+    longest = INLINE_CHARACTERS - TURN_CHARACTERS
+    for size, inline in ((longest, True), (longest + 1, False)):
         threads.clear()
         request = process(processor, make_chat(turn("a" * size)), max_model_len=10**6)
         assert {thread is threading.main_thread() for thread in threads} == {inline}
