@@ -24,8 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: $(VENV)/.installed
 	$(BIN)/idefics2-server serve $(MODEL) $(if $(CONFIG),--config $(CONFIG)) --port $(PORT) $(ARGS)
 
+# Two workers, each with its own servers and the tests of whole files; more would need more memory than cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)

@@ -9,10 +9,10 @@ import hashlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import uvicorn
@@ -23,10 +23,12 @@ from server.config import ServerConfig
 from server.demo.checkpoint import ensure_demo, with_processor
 from server.engine.client import EngineClient, ProcessClient, ThreadClient
 from server.engine.core import EngineCore, EngineInfo
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.limits import SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.errors import CheckpointError, ConfigError
 from server.grammar.checker import GrammarChecker
 from server.grammar.compiler import GrammarCompiler
+from server.grammar.vocabulary import VocabularySpec
 from server.inputs.chat_template import ChatTemplate, read_chat_template
 from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
@@ -51,8 +53,6 @@ from server.runner.sampler import Sampler
 from server.runner.vision_runner import VisionRunner
 
 logger = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
 
 # Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
@@ -140,7 +140,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
             device=device,
         ),
         sampler=Sampler(model_config.suppressed_token_ids, device),
-        grammars=GrammarBank(_for_vocabulary(GrammarCompiler, Tokenizer(folder), model_config)),
+        grammars=GrammarBank(GrammarCompiler(_vocabulary(Tokenizer(folder), model_config))),
         device=device,
     )
     limits = SchedulerLimits(
@@ -181,11 +181,10 @@ def _token_table(tokenizer: Tokenizer) -> TokenTable:
     return TokenTable.from_pieces(tokenizer.pieces(), tokenizer.special_tokens.values())
 
 
-def _for_vocabulary(kind: Callable[..., Made], tokenizer: Tokenizer, model: ModelConfig) -> Made:
-    """A compiler or a checker of grammars."""
+def _vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> VocabularySpec:
     table = _token_table(tokenizer)
-    return kind(
-        table.token_bytes,
+    return VocabularySpec(
+        token_bytes=table.token_bytes,
         special_token_ids=table.special_ids,
         eos_token_ids=model.eos_token_ids,
         vocab_size=model.text.vocab_size,
@@ -211,7 +210,7 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
             read_chat_template(folder, tokenizer.chat_template), special_tokens=tokenizer.special_tokens
         ),
         images=_build_images(config, model, metrics),
-        grammars=_for_vocabulary(GrammarChecker, tokenizer, model),
+        grammars=GrammarChecker(_vocabulary(tokenizer, model)),
         metrics=metrics,
         rows_per_tile=model.perceiver.num_latents,
         eos_token_ids=model.eos_token_ids,

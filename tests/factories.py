@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from server.engine.core import EngineCore, EngineInfo
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.limits import SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile, TokenLogprobs
 

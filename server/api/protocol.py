@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from server.api.errors import from_validation_error
-from server.types import FinishReason, Usage
+from server.errors import RequestFailedError
+from server.types import FinishReason, RequestOutput, Usage
 
 BodyType = TypeVar("BodyType", bound="Body")
 
@@ -78,8 +79,12 @@ class CompletionUsage(BaseModel):
         )
 
 
-def finish_reason_name(reason: FinishReason) -> Literal["stop", "length"] | None:
-    """The two reasons that a client may see; None for those that must have been raised as errors."""
-    if reason is FinishReason.STOP:
+def end_reason(output: RequestOutput) -> Literal["stop", "length"] | None:
+    """Why this output is its answer's last, if it is. Raises RequestFailedError where the server ended the answer."""
+    if output.finish_reason is None:
+        return None
+    if output.finish_reason is FinishReason.STOP:
         return "stop"
-    return "length" if reason is FinishReason.LENGTH else None
+    if output.finish_reason is FinishReason.LENGTH:
+        return "length"
+    raise RequestFailedError("the request was ended by the server")

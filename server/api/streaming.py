@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.disconnect import close
 from server.api.errors import error_object, internal_error
-from server.api.protocol import CompletionUsage, finish_reason_name
+from server.api.protocol import CompletionUsage, end_reason
 from server.errors import RequestFailedError, ServerError
 from server.types import RequestOutput, Usage
 
@@ -73,18 +73,21 @@ class OpenStream:
         self.rest = outputs
         self.first: asyncio.Task[RequestOutput] = asyncio.ensure_future(anext(outputs))
 
-    async def wait(self, seconds: float) -> None:
-        """At most so long for the first output. Raises what went wrong until then."""
+    @classmethod
+    async def begin(cls, outputs: AsyncIterator[RequestOutput], seconds: float) -> OpenStream:
+        """Wait at most so long for the first output. Raises what went wrong until then."""
+        opened = cls(outputs)
         try:
-            await asyncio.wait((self.first,), timeout=seconds)
+            await asyncio.wait((opened.first,), timeout=seconds)
         except asyncio.CancelledError:
-            await self.close()
+            await opened.close()
             raise
-        if self.first.done():
+        if opened.first.done():
             try:
-                self.first.result()
+                opened.first.result()
             except StopAsyncIteration:
                 raise RequestFailedError("the answer ended before it began") from None
+        return opened
 
     async def close(self) -> None:
         self.first.cancel()
@@ -98,7 +101,7 @@ async def stream_events(opened: OpenStream, encoder: EventEncoder) -> AsyncItera
     rest = opened.rest
     try:
         first = await opened.first
-        reason = _finish_reason(first)
+        reason = end_reason(first)
         events = encoder.opening(first) + (encoder.content(first) if reason is None else encoder.finish(first, reason))
         num_open -= reason is not None
         if not num_open:
@@ -106,7 +109,7 @@ async def stream_events(opened: OpenStream, encoder: EventEncoder) -> AsyncItera
             return
         yield events
         async for output in rest:
-            reason = _finish_reason(output)
+            reason = end_reason(output)
             if reason is None:
                 events = encoder.content(output)
             else:
@@ -121,7 +124,7 @@ async def stream_events(opened: OpenStream, encoder: EventEncoder) -> AsyncItera
     except ServerError as error:
         logger.warning("stream ended by %s: %s", error.code, error.message)
         yield encoder.failure(error)
-    except Exception:
+    except Exception:  # a stream that just stops looks like a network fault, and the client would wait or try again
         logger.exception("stream ended by an unexpected error")
         yield encoder.failure(internal_error())
 
@@ -201,15 +204,6 @@ class _SendWatch:
 
 def _keep_alive() -> ServerSentEvent:
     return ServerSentEvent(comment="keep-alive", sep="\n")
-
-
-def _finish_reason(output: RequestOutput) -> str | None:
-    if output.finish_reason is None:
-        return None
-    reason = finish_reason_name(output.finish_reason)
-    if reason is None:
-        raise RequestFailedError("the request was ended by the server")
-    return reason
 
 
 def encode(value: Any) -> bytes:

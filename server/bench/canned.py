@@ -13,7 +13,8 @@ from collections.abc import Callable
 from server.config import ServerConfig
 from server.engine.client import ProcessClient
 from server.engine.core import EngineCore, EngineInfo
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.limits import SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.engine.step import ModelRunnerOutput, SchedulerOutput
 from server.launch import build_llm, run_server
 from server.types import EngineRequest

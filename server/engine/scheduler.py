@@ -9,49 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 
+from server.engine.counts import Counts
 from server.engine.encoder_cache import EncoderCache
 from server.engine.held import HeldRequests
+from server.engine.integrity import check_books
 from server.engine.kv_cache_manager import KVCacheManager
+from server.engine.limits import SchedulerLimits
 from server.engine.queue import WaitingQueue
 from server.engine.request import Request, RequestStatus, split_choices
-from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput, TileToEncode
+from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput, TileToEncode
+from server.engine.step_plan import StepPlan
 from server.types import EngineOutput, EngineRequest, FinishReason, StepStats, TokenLogprobs
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    """What a step and the caches may hold. `num_blocks` and `num_tile_slots` are what the hardware allowed."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_batched_tiles: int
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    num_tile_slots: int
-    enable_prefix_caching: bool
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
-        if self.num_blocks * self.block_size < self.max_model_len:
-            raise ValueError(
-                f"{self.num_blocks} blocks of {self.block_size} tokens cannot hold one request of {self.max_model_len}"
-            )
-
-
-class _Step:
-    """The step being put together: what is planned so far and what is left of the budgets."""
-
-    def __init__(self, limits: SchedulerLimits) -> None:
-        self.tokens_left = limits.max_num_batched_tokens
-        self.tiles_left = limits.max_num_batched_tiles
-        self.scheduled: dict[str, ScheduledRequest] = {}
-        self.tiles: list[TileToEncode] = []
-        self.new: list[NewRequest] = []
-        self.preempted = False
 
 
 class Scheduler:
@@ -73,7 +43,7 @@ class Scheduler:
         self._finished: list[str] = []  # ended since the last step; the runner may forget them
         self._known_to_runner: set[str] = set()
         self._num_added = 0
-        self._counts = dict.fromkeys(_COUNTED, 0)
+        self._counts = Counts()
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -152,26 +122,21 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Plan one step. Blocks and slots in the plan are taken; every planned request must go through `update`."""
-        step = _Step(self.limits)
+        step = StepPlan(self.limits, self.encoder, self._counts)
         # A decode needs one token; serving those first keeps streams flowing while prompts are computed in chunks.
         decodes = [request for request in self._running if request.num_uncomputed_tokens == 1]
         prefills = [request for request in self._running if request.num_uncomputed_tokens > 1]
         for request in decodes + prefills:
             if request.status is RequestStatus.RUNNING:  # else: preempted a moment ago, for one before it
                 self._advance(step, request)
-        if not step.preempted:
+        if not step.has_preempted:
             self._admit(step)
-        finished, self._finished = self._finished, []
-        # Single tokens first, as the runner wants them; a resumed request may also have just one left.
-        scheduled = sorted(step.scheduled.values(), key=lambda item: item.num_tokens > 1)
-        # A slot that a preemption freed may have been taken again: only its last content counts.
-        tiles = list({tile.slot: tile for tile in step.tiles}.values())
-        return SchedulerOutput(scheduled=scheduled, new_requests=step.new, tiles=tiles, finished=finished)
+        return step.build(self.take_finished())
 
-    def _advance(self, step: _Step, request: Request) -> None:
+    def _advance(self, step: StepPlan, request: Request) -> None:
         """Plan a running request's next chunk, preempting those of lower rank for blocks if need be."""
         num_tokens = min(request.num_uncomputed_tokens, step.tokens_left)
-        num_tokens = self._reachable(step, request, request.num_computed_tokens, num_tokens)
+        num_tokens = step.reachable(request, request.num_computed_tokens, num_tokens)
         if num_tokens == 0:
             return
         while (added := self.kv.extend(request, num_tokens)) is None:
@@ -179,9 +144,9 @@ class Scheduler:
             self._preempt(step, victim)
             if victim is request:
                 return
-        self._plan(step, request, num_tokens, added, resumed=False)
+        step.add(request, num_tokens, added, resumed=False)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: StepPlan) -> None:
         """Start waiting requests, in order, while they fit. The first that does not fit ends the step's intake."""
         while len(self._running) < self.limits.max_num_seqs and step.tokens_left > 0:
             request = self._waiting.peek()
@@ -190,7 +155,7 @@ class Scheduler:
             prefix = self.kv.find_prefix(request)
             start = len(prefix) * self.limits.block_size
             num_tokens = min(request.num_tokens - start, step.tokens_left)
-            num_tokens = self._reachable(step, request, start, num_tokens)
+            num_tokens = step.reachable(request, start, num_tokens)
             if num_tokens == 0 or not self.kv.can_admit(request, prefix, spare=len(self._running)):
                 return
             self._waiting.pop()
@@ -201,102 +166,35 @@ class Scheduler:
             request.status = RequestStatus.RUNNING
             self._running.append(request)
             self._note_start(step, request, start)
-            self._plan(step, request, num_tokens, prefix + added, resumed=True)
+            step.add(request, num_tokens, prefix + added, resumed=True)
 
-    def _note_start(self, step: _Step, request: Request, num_cached: int) -> None:
+    def _note_start(self, step: StepPlan, request: Request, num_cached: int) -> None:
         if request.first_scheduled_time is None:
             # Not after a preemption: what it finds then it has computed itself.
-            self._counts["prefix_queries"] += request.num_tokens
-            self._counts["prefix_hits"] += num_cached
+            self._counts.prefix_queries += request.num_tokens
+            self._counts.prefix_hits += num_cached
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = num_cached
-            source = request.source
-            eos = () if source.sampling.ignore_eos else source.eos_token_ids
-            step.new.append(
-                NewRequest(
-                    request_id=source.request_id,
-                    prompt_token_ids=source.prompt_token_ids,
-                    sampling=source.sampling,
-                    masked_token_ids=tuple({*eos, *source.sampling.stop_token_ids}),
-                    eos_token_ids=source.eos_token_ids,
-                    tiles=source.tiles,
-                    placeholders=source.placeholders,
-                )
-            )
-            self._known_to_runner.add(source.request_id)
+            step.introduce(request)
+            self._known_to_runner.add(request.request_id)
 
-    def _reachable(self, step: _Step, request: Request, start: int, num_tokens: int) -> int:
-        """How far a chunk from `start` may go before a tile that neither budget nor slots allow. Takes nothing."""
-        tiles_left = step.tiles_left
-        available = self.encoder.num_available
-        seen: set[bytes] = set()
-        for index in request.tiles_between(start, start + num_tokens):
-            key = request.source.tiles[index].key
-            if index in request.tile_slots or key in seen or self.encoder.is_pinned(key):
-                continue
-            must_encode = key not in self.encoder
-            if available == 0 or (must_encode and tiles_left == 0):
-                return max(request.source.placeholders[index].offset - start, 0)
-            available -= 1
-            tiles_left -= must_encode
-            seen.add(key)
-        return num_tokens
-
-    def _plan(self, step: _Step, request: Request, num_tokens: int, blocks: list[int], *, resumed: bool) -> None:
-        """Enter a chunk whose blocks are taken: pin its tiles and charge the budgets."""
-        start = request.num_computed_tokens
-        touched = list(request.tiles_between(start, start + num_tokens))
-        # Tiles that are there first, lest a new one takes the slot of one that this very chunk needs.
-        for index in sorted(touched, key=lambda index: request.source.tiles[index].key not in self.encoder):
-            if index not in request.tile_slots:
-                self._pin_tile(step, request, index)
-        step.tokens_left -= num_tokens
-        step.scheduled[request.request_id] = ScheduledRequest(
-            request_id=request.request_id,
-            num_computed_tokens=start,
-            num_tokens=num_tokens,
-            new_block_ids=blocks,
-            resumed=resumed,
-            tile_slots={index: request.tile_slots[index] for index in touched},
-        )
-
-    def _pin_tile(self, step: _Step, request: Request, index: int) -> None:
-        key = request.source.tiles[index].key
-        must_encode = key not in self.encoder
-        slot = self.encoder.pin(key)
-        if slot is None:
-            raise RuntimeError("a tile slot vanished between planning and pinning")
-        request.tile_slots[index] = slot
-        self._counts["tile_queries"] += 1
-        if must_encode:
-            step.tiles_left -= 1
-            step.tiles.append(TileToEncode(request.request_id, index, slot))
-        else:
-            self._counts["tile_hits"] += 1
-
-    def _preempt(self, step: _Step, victim: Request) -> None:
-        """Send a running request back to the queue; its tokens are recomputed, mostly from cached blocks.
-
-        Tiles planned for it this step are still encoded: others may have pinned them meanwhile.
-        """
-        planned = step.scheduled.pop(victim.request_id, None)
-        if planned is not None:
-            step.tokens_left += planned.num_tokens
+    def _preempt(self, step: StepPlan, victim: Request) -> None:
+        """Send a running request back to the queue; its tokens are recomputed, mostly from cached blocks."""
+        step.withdraw(victim)
         self._release(victim)
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         victim.status = RequestStatus.WAITING
         self._running.remove(victim)
         self._waiting.push(victim)
-        step.preempted = True
-        self._counts["num_preemptions"] += 1
+        self._counts.num_preemptions += 1
 
     # -- what came of it -----------------------------------------------------------------------------------------
 
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
         """Take a step's results: advance, end or fail each planned request, and publish full blocks."""
         outputs = []
-        self._counts["num_encoded_tiles"] += len(step.tiles)
+        self._counts.num_encoded_tiles += len(step.tiles)
         for item in step.scheduled:
             request = self._requests.get(item.request_id)
             if request is None:
@@ -322,7 +220,7 @@ class Scheduler:
         self, request: Request, item: ScheduledRequest, result: ModelRunnerOutput
     ) -> EngineOutput | None:
         """Book what a chunk computed; None if there is nothing to tell of it."""
-        self._counts["num_prompt_tokens"] += max(
+        self._counts.num_prompt_tokens += max(
             0, min(item.num_tokens, request.num_prompt_tokens - item.num_computed_tokens)
         )
         request.num_computed_tokens += item.num_tokens
@@ -335,7 +233,7 @@ class Scheduler:
         if token is None:
             return self._output(request, [], prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         request.append(token, is_complete=item.request_id in result.complete)
-        self._counts["num_generated_tokens"] += 1
+        self._counts.num_generated_tokens += 1
         if request.num_output_tokens == 1:
             self._release_held(_prompt_computed(request.request_id))
         if request.finish_reason is not None:
@@ -428,7 +326,7 @@ class Scheduler:
 
     def take_stats(self, *, step_seconds: float = 0.0, encode_seconds: float = 0.0) -> StepStats:
         """Gauges as they are and counts since the last call."""
-        counts, self._counts = self._counts, dict.fromkeys(_COUNTED, 0)
+        counts, self._counts = self._counts, Counts()
         return StepStats(
             num_running=len(self._running),
             num_waiting=self.num_waiting,
@@ -437,7 +335,7 @@ class Scheduler:
             num_used_blocks=self.kv.pool.num_used,
             step_seconds=step_seconds,
             encode_seconds=encode_seconds,
-            **counts,
+            **asdict(counts),
         )
 
     @property
@@ -446,22 +344,8 @@ class Scheduler:
         return self.kv.pool.num_used == 0 and not self.encoder.pin_counts()
 
     def check_integrity(self) -> None:
-        """Raise unless every block and slot is accounted for by exactly the requests that are here."""
-        self.kv.pool.check_integrity()
-        self.encoder.check_integrity()
-        holders: dict[int, int] = {}
-        pins: dict[bytes, int] = {}
-        for request in self._requests.values():
-            for block_id in request.block_ids:
-                holders[block_id] = holders.get(block_id, 0) + 1
-            for index in request.tile_slots:
-                key = request.source.tiles[index].key
-                pins[key] = pins.get(key, 0) + 1
-        for block_id in range(self.kv.pool.num_blocks):
-            if self.kv.pool.ref_count(block_id) != holders.get(block_id, 0):
-                raise RuntimeError(f"block {block_id} is counted {self.kv.pool.ref_count(block_id)} times")
-        if self.encoder.pin_counts() != pins:
-            raise RuntimeError("encoder slots are pinned for requests that are gone")
+        """Raise RuntimeError unless the requests that are here hold exactly what is taken. For tests."""
+        check_books(self.kv, self.encoder, self._requests.values())
         if len(self._running) + len(self._waiting) + len(self._held) != len(self._requests):
             raise RuntimeError("a request is neither running nor waiting nor held")
 
@@ -474,15 +358,3 @@ def _prepared(request_id: str) -> str:
 def _prompt_computed(request_id: str) -> str:
     """The event that the further answers to a request's prompt wait for."""
     return f"prompt:{request_id}"
-
-
-_COUNTED = (
-    "num_prompt_tokens",
-    "num_generated_tokens",
-    "num_preemptions",
-    "prefix_queries",
-    "prefix_hits",
-    "tile_queries",
-    "tile_hits",
-    "num_encoded_tiles",
-)

@@ -45,7 +45,7 @@ class GrammarBank:
             self._fill(request)
         except ClientError as error:
             failure = error.message  # the API compiled it too, so this is a limit that only the clock tells
-        except Exception:
+        except Exception:  # whoever is not told of an end waits for ever
             logger.exception("a grammar failed to compile")
             failure = "the engine failed while compiling this request's grammar"
         done(failure)

@@ -135,8 +135,7 @@ def test_before_the_stream_has_begun() -> None:
         await asyncio.Event().wait()
 
     async def run() -> None:
-        opened = OpenStream(outputs())
-        await opened.wait(5)
+        opened = await OpenStream.begin(outputs(), 5)
         answer = EventStreamResponse(opened, encoder=ChunkEncoder({}, StreamOptions()), keep_alive_seconds=5)
         await answer({"type": "http", "method": "POST"}, receive, send)
         assert closed == [True]

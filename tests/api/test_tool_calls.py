@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from server.api.chat.tool_calls import CallArguments, CallArrayParser, CallStart, Content, NamedCallParser, Piece
+from server.api.tool_calls import CallArguments, CallArrayParser, CallStart, Content, NamedCallParser, Piece
 
 NAMES = ("get", "get_weather", "ns.f:x-1")
 NESTED = '{"a":{"b":[1,{"c":"}]\\\\\\"{["}]},"d":"\\\\"}'

@@ -10,7 +10,7 @@ import pytest
 
 from server.api.chat.protocol import parse_chat_request
 from server.api.chat.routes import to_chat_input
-from server.api.chat.tools import MAX_PARALLEL_CALLS
+from server.api.tools import MAX_PARALLEL_CALLS
 from server.errors import ClientError
 from server.types import ChatInput, GrammarSpec, TextPart
 

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from server.engine.limits import SchedulerLimits
 from server.engine.request import Request
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.types import EngineRequest, FinishReason, PlaceholderRange, StepStats
 from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_scheduler, make_tile
 

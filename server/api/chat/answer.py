@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from server.api.chat.details import encode_logprobs, logprobs_object
-from server.api.chat.tool_calls import CallArguments, CallParser, CallStart, Content
-from server.api.protocol import CompletionUsage, finish_reason_name
+from server.api.protocol import CompletionUsage, end_reason
+from server.api.tool_calls import CallArguments, CallParser, CallStart, Content
 from server.errors import RequestFailedError
 from server.types import RequestOutput
 
@@ -80,11 +80,9 @@ class ChoiceBuilder:
 
     def build(self) -> dict[str, Any]:
         """The choice as it is sent. Raises RequestFailedError for one that did not end by itself."""
-        if self._last is None or self._last.finish_reason is None:
+        reason = None if self._last is None else end_reason(self._last)
+        if self._last is None or reason is None:
             raise RequestFailedError("the answer ended without a reason")
-        reason = finish_reason_name(self._last.finish_reason)
-        if reason is None:
-            raise RequestFailedError("the request was ended by the server")
         choice: dict[str, Any] = {
             "index": self._index,
             "message": self._message(),

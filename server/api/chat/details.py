@@ -12,9 +12,9 @@ from typing import Any, Literal, cast
 import msgspec
 
 from server.api.chat.chunks import ChunkEncoder
-from server.api.chat.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
 from server.api.protocol import StreamOptions
 from server.api.streaming import END, encode
+from server.api.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
 from server.types import Logprob, RequestOutput
 
 # JSON has no infinity; clients know this number from OpenAI.

@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 
 from server.api.chat.messages import parse_messages
-from server.api.chat.tools import MAX_TOOLS, TOOL_CHOICE_SCHEMA, ToolDefinition, ToolPlan, plan_tools
+from server.api.chat.tools import TOOL_CHOICE_SCHEMA, ToolDefinition, plan_tools
 from server.api.errors import invalid_type, invalid_value
 from server.api.protocol import CompletionUsage, StreamOptions, validate
 from server.api.sampling import MAX_INT32, SamplingRequest
 from server.api.schemas import MESSAGES_SCHEMA
 from server.api.structured import find_grammar
+from server.api.tools import MAX_TOOLS, ToolPlan
 from server.api.unsupported import refuse_unsupported, unsupported_parameter
 from server.types import ImageInput, TextPart, Turn
 

@@ -17,14 +17,13 @@ from server.api.chat.answer import Answer, ChoiceBuilder, build_completion
 from server.api.chat.chunks import ChunkEncoder
 from server.api.chat.details import DetailedChunkEncoder
 from server.api.chat.protocol import ChatCompletion, ChatCompletionRequest, parse_chat_request
-from server.api.chat.tools import ToolPlan
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, chat_examples, error_answers, request_body
 from server.api.streaming import EventEncoder, EventStreamResponse, OpenStream
-from server.errors import ClientError
-from server.types import ChatInput, EngineRequest, ImageInput, PromptInput, SamplingParams, Turn
+from server.api.tools import ToolPlan, prepare_with_tools
+from server.types import ChatInput, ImageInput, Turn
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -122,30 +121,12 @@ def _with_detail(turns: tuple[Turn, ...], *, split: bool | None) -> tuple[Turn, 
     )
 
 
-async def _prepare(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None) -> EngineRequest:
-    try:
-        return await llm.prepare(chat)
-    except ClientError as error:
-        if tools is not None and error.param == "tools":
-            await _blame(llm, tools)
-        raise
-
-
-async def _blame(llm: AsyncLLM, tools: ToolPlan) -> None:
-    """Raise the ClientError of the first function whose parameters do not compile by themselves."""
-    for grammar in tools.suspects():
-        alone = PromptInput(request_id="tools", prompt="?", sampling=SamplingParams(max_tokens=1, grammar=grammar))
-        await llm.prepare(alone)
-
-
 async def _begin(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, seconds: float) -> OpenStream:
-    opened = OpenStream(llm.generate(await _prepare(llm, chat, tools)))
-    await opened.wait(seconds)
-    return opened
+    return await OpenStream.begin(llm.generate(await prepare_with_tools(llm, chat, tools)), seconds)
 
 
 async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, answer: Answer) -> bytes:
-    outputs = llm.generate(await _prepare(llm, chat, tools))
+    outputs = llm.generate(await prepare_with_tools(llm, chat, tools))
     parse_calls = None if tools is None else tools.parser
     choices = [ChoiceBuilder(index, answer, parse_calls and parse_calls()) for index in range(chat.n)]
     try:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.api.completions.protocol import CompletionChoice, CompletionLogprobs
-from server.api.protocol import finish_reason_name
-from server.errors import RequestFailedError
-from server.types import FinishReason, Logprob, RequestOutput, Usage
+from server.api.protocol import end_reason
+from server.types import Logprob, RequestOutput, Usage
 
 # JSON has no infinity; this is what clients take for it.
 MIN_LOGPROB = -9999.0
@@ -101,8 +100,9 @@ class _ChoiceWriter:
             self._write_answer(piece, output)
         elif self._wanted.token_ids:
             piece.token_ids = []
-        if output.finish_reason is not None:
-            self._finish(piece, output.finish_reason, output.stop_reason)
+        reason = end_reason(output)
+        if reason is not None:
+            self._finish(piece, reason, output.stop_reason)
         return piece
 
     def _write_prompt(self, piece: Piece, entries: Sequence[Logprob]) -> None:
@@ -126,10 +126,7 @@ class _ChoiceWriter:
         if piece.logprobs is not None:
             _write_logprobs(piece.logprobs, output.logprobs, self._offsets)
 
-    def _finish(self, piece: Piece, finish_reason: FinishReason, stop_reason: str | int | None) -> None:
-        reason = finish_reason_name(finish_reason)
-        if reason is None:
-            raise RequestFailedError("the request was ended by the server")
+    def _finish(self, piece: Piece, reason: Literal["stop", "length"], stop_reason: str | int | None) -> None:
         piece.finish_reason = reason if self._wanted.answer else "length"
         piece.stop_reason = stop_reason if self._wanted.answer else None
         if piece.logprobs is not None:

@@ -126,9 +126,7 @@ async def _begin(
     llm: AsyncLLM, body: CompletionRequest, inputs: list[PromptInput], seconds: float
 ) -> tuple[OpenStream, Choices]:
     outputs, choices = await _start(llm, body, inputs)
-    opened = OpenStream(outputs)
-    await opened.wait(seconds)
-    return opened, choices
+    return await OpenStream.begin(outputs, seconds), choices
 
 
 async def _complete(

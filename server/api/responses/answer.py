@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.chat.tool_calls import CallParser
-from server.api.protocol import finish_reason_name
+from server.api.protocol import end_reason
 from server.api.responses.items import EndStatus, FunctionCall, ItemBuilder, OutputMessage
 from server.api.responses.protocol import ResponsesRequest
 from server.api.responses.tools import TOOL_CHOICE_SCHEMA, FunctionTool
-from server.errors import RequestFailedError
+from server.api.tool_calls import CallParser
 from server.types import RequestOutput, Usage
 
 
@@ -175,16 +174,6 @@ class Collector:
         status = end_status(reason)
         self._items.end(status)
         return self._answer.ended(self._items.wire(status), status=status, usage=output.usage)
-
-
-def end_reason(output: RequestOutput) -> Literal["stop", "length"] | None:
-    """Why this output is the last one, if it is. Raises RequestFailedError where the server ended the answer."""
-    if output.finish_reason is None:
-        return None
-    reason = finish_reason_name(output.finish_reason)
-    if reason is None:
-        raise RequestFailedError("the request was ended by the server")
-    return reason
 
 
 def end_status(reason: str) -> EndStatus:

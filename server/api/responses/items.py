@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from server.api.chat.details import encode_logprobs
 from server.api.chat.protocol import TokenLogprob
-from server.api.chat.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
+from server.api.tool_calls import CallArguments, CallParser, CallStart, Content, Piece
 from server.types import RequestOutput
 
 EndStatus = Literal["completed", "incomplete"]

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from server.api.chat.tools import MAX_TOOLS
 from server.api.errors import invalid_type, invalid_value, missing, too_many
 from server.api.protocol import Body, StreamOptions, validate
 from server.api.responses.input import parse_input
@@ -17,6 +16,7 @@ from server.api.responses.schemas import INPUT_SCHEMA, METADATA_SCHEMA
 from server.api.responses.tools import TOOL_CHOICE_SCHEMA, FunctionTool
 from server.api.sampling import MAX_INT32, SamplingRequest
 from server.api.structured import ANY_OBJECT, schema_source
+from server.api.tools import MAX_TOOLS
 from server.api.unsupported import refuse_unsupported, unsupported_parameter, unsupported_value
 from server.errors import ClientError
 from server.types import GrammarSpec, ImageInput, TextPart, Turn

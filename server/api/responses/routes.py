@@ -11,19 +11,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.body import read_json_object, require_json
-from server.api.chat.tools import ToolPlan
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
 from server.api.responses.answer import Answer, Collector, ResponseObject
 from server.api.responses.protocol import ResponsesRequest, parse_responses_request
 from server.api.responses.schemas import responses_examples
 from server.api.responses.streaming import ResponseEncoder
-from server.api.responses.tools import calls_grammar, plan_function_tools, suspects
+from server.api.responses.tools import plan_function_tools
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
 from server.api.streaming import EventStreamResponse, OpenStream, encode
-from server.errors import ClientError, NotFoundError, RequestFailedError
-from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, SamplingParams
+from server.api.tools import ToolPlan, prepare_with_tools
+from server.errors import NotFoundError, RequestFailedError
+from server.types import ChatInput
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -78,7 +78,7 @@ def to_chat_input(
     if tools is not None and tools.mode != "auto":
         # What is asked of the text says nothing of an answer that has none.
         request = request.model_copy(update={"response_format": None})
-        grammar = calls_grammar(tools)
+        grammar = tools.grammar()
     else:
         grammar = request.text.format.to_grammar()
     sampling = to_sampling_params(
@@ -101,28 +101,12 @@ def to_chat_input(
     )
 
 
-async def _prepare(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None) -> EngineRequest:
-    try:
-        return await llm.prepare(chat)
-    except ClientError as error:
-        if tools is not None and error.param == "tools":
-            for grammar in suspects(tools):  # raises for the first that does not compile by itself
-                await llm.prepare(_alone(grammar))
-        raise
-
-
-def _alone(grammar: GrammarSpec) -> PromptInput:
-    return PromptInput(request_id="tools", prompt="?", sampling=SamplingParams(max_tokens=1, grammar=grammar))
-
-
 async def _begin(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, seconds: float) -> OpenStream:
-    opened = OpenStream(llm.generate(await _prepare(llm, chat, tools)))
-    await opened.wait(seconds)
-    return opened
+    return await OpenStream.begin(llm.generate(await prepare_with_tools(llm, chat, tools)), seconds)
 
 
 async def _complete(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | None, collector: Collector) -> dict[str, Any]:
-    outputs = llm.generate(await _prepare(llm, chat, tools))
+    outputs = llm.generate(await prepare_with_tools(llm, chat, tools))
     response = None
     try:
         async for output in outputs:

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from server.api.chat.tool_calls import CallParser
 from server.api.errors import error_object
 from server.api.responses.answer import Answer, end_status
 from server.api.responses.items import Closed, EndStatus, Grown, Item, ItemBuilder, MessageItem, Opened, Step
 from server.api.streaming import END, encode
+from server.api.tool_calls import CallParser
 from server.errors import ServerError
 from server.types import RequestOutput, Usage
 
