@@ -20,7 +20,7 @@ LAYERS = [
     {"inputs", "outputs", "engine"},
     {"runner"},
     {"model", "grammar"},
-    {"config", "types", "errors", "observability"},
+    {"config", "types", "errors", "sandbox", "observability"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 

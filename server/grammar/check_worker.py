@@ -4,16 +4,14 @@ Reads a vocabulary and then grammars from stdin, and writes for each whether it 
 closes. A grammar that takes too long or crashes the library ends this process, and no other.
 
 A frame is four bytes of length (big-endian) and a msgpack message.
-    in:  frame(Setup), then a frame(GrammarSpec) each time
+    in:  frame(VocabularySpec), then a frame(GrammarSpec) each time
     out: frame(Reply) after each; the first says "ready"
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import resource
 import signal
 import sys
 import threading
@@ -23,10 +21,11 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from server import sandbox
 from server.errors import ClientError
 from server.grammar.compiler import GrammarCompiler
 from server.grammar.sources import KINDS
-from server.grammar.vocabulary import expand_bitmask
+from server.grammar.vocabulary import VocabularySpec, expand_bitmask
 from server.types import GrammarSpec
 
 # Less than a thread elsewhere has, so that what does not overflow it here does not overflow it there.
@@ -37,15 +36,6 @@ CHECK_SECONDS = 1.0
 _STEP_SECONDS = 0.02  # real schemas: 0.003 at most
 _TRIALS = 2
 _TRIAL_TOKENS = 64
-
-
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """Arguments of `Vocabulary`."""
-
-    token_bytes: list[bytes]
-    special_token_ids: list[int]
-    eos_token_ids: tuple[int, ...]
-    vocab_size: int
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -61,13 +51,7 @@ def frame(message: msgspec.Struct) -> bytes:
 
 def main() -> None:
     """Serve until stdin closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A signal sent to the whole group is the parent's to handle, which ends us when it is done.
-        signal.signal(number, signal.SIG_IGN)
-    # Replies go through a private copy of stdout: whatever a library prints ends up in the log, not in the stream.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replies = sandbox.enter()
     threading.stack_size(_STACK_BYTES)
     thread = threading.Thread(target=_serve, args=(sys.stdin.buffer, replies))
     thread.start()
@@ -76,31 +60,26 @@ def main() -> None:
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     with contextlib.suppress(BrokenPipeError, EOFError):  # the parent is gone
-        setup = msgspec.msgpack.decode(_read(requests), type=Setup)
-        compiler = GrammarCompiler(
-            setup.token_bytes,
-            special_token_ids=setup.special_token_ids,
-            eos_token_ids=setup.eos_token_ids,
-            vocab_size=setup.vocab_size,
-        )
-        _limit_memory()
+        vocabulary = msgspec.msgpack.decode(_read(requests), type=VocabularySpec)
+        compiler = GrammarCompiler(vocabulary)
+        sandbox.limit_memory(_MEMORY_BYTES)
         _send(replies, Reply())
         while True:
             spec = msgspec.msgpack.decode(_read(requests), type=GrammarSpec)
             signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS)  # nothing handles its signal, which ends the process
-            _send(replies, Reply(_try(compiler, spec, setup)))
+            _send(replies, Reply(_try(compiler, spec, vocabulary)))
 
 
-def _try(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> str | None:
+def _try(compiler: GrammarCompiler, spec: GrammarSpec, vocabulary: VocabularySpec) -> str | None:
     try:
-        if _is_slow(compiler, spec, setup):
+        if _is_slow(compiler, spec, vocabulary):
             return f"{KINDS[spec.kind]} is not supported: it is too large or too complex"
     except ClientError as error:
         return error.message
     return None
 
 
-def _is_slow(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> bool:
+def _is_slow(compiler: GrammarCompiler, spec: GrammarSpec, vocabulary: VocabularySpec) -> bool:
     """Whether one of some first tokens, drawn at random, takes too long. Raises ClientError as a matcher does."""
     chance = random.Random(0)
     for _ in range(_TRIALS):
@@ -109,8 +88,8 @@ def _is_slow(compiler: GrammarCompiler, spec: GrammarSpec, setup: Setup) -> bool
             started = time.thread_time()
             mask = matcher.bitmask()
             seconds = time.thread_time() - started
-            allowed = expand_bitmask(mask, setup.vocab_size)
-            allowed[list(setup.eos_token_ids)] = False
+            allowed = expand_bitmask(mask, vocabulary.vocab_size)
+            allowed[list(vocabulary.eos_token_ids)] = False
             if not allowed.any():
                 break
             token_id = int(chance.choice(np.flatnonzero(allowed)))
@@ -134,20 +113,6 @@ def _read(stream: BinaryIO) -> bytes:
 def _send(stream: BinaryIO, reply: Reply) -> None:
     stream.write(frame(reply))
     stream.flush()
-
-
-def _limit_memory() -> None:
-    """Let the address space grow by `_MEMORY_BYTES` and no further; the library ends the process beyond that."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            used = int(statm.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return  # not Linux: other systems do not enforce this limit either
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = used + _MEMORY_BYTES
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

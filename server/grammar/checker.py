@@ -16,15 +16,14 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from pathlib import Path
 
 import msgspec
 
-import server
+from server import sandbox
 from server.errors import ClientError, UnavailableError
-from server.grammar.check_worker import Reply, Setup, frame
+from server.grammar.check_worker import Reply, frame
 from server.grammar.sources import KINDS, check_size
+from server.grammar.vocabulary import VocabularySpec
 from server.types import GrammarSpec
 
 logger = logging.getLogger(__name__)
@@ -32,30 +31,13 @@ logger = logging.getLogger(__name__)
 _ANSWER_SECONDS = 10.0  # the child ends itself long before, unless the machine has no time for it
 _START_SECONDS = 30.0
 _REMEMBERED = 4096
-_PACKAGE_PARENT = Path(server.__file__).resolve().parent.parent
-# A process that a stranger's source may take over gets no secrets, only what an interpreter may need.
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
 
 
 class GrammarChecker:
-    """One child, started at the first check and again after it was killed. Arguments are `Vocabulary`'s."""
+    """One child, started at the first check and again after it was killed."""
 
-    def __init__(
-        self,
-        token_bytes: Sequence[bytes],
-        *,
-        special_token_ids: Collection[int],
-        eos_token_ids: tuple[int, ...],
-        vocab_size: int,
-    ) -> None:
-        self._setup = frame(
-            Setup(
-                token_bytes=list(token_bytes),
-                special_token_ids=sorted(special_token_ids),
-                eos_token_ids=eos_token_ids,
-                vocab_size=vocab_size,
-            )
-        )
+    def __init__(self, vocabulary: VocabularySpec) -> None:
+        self._vocabulary = frame(vocabulary)
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
@@ -116,10 +98,10 @@ class GrammarChecker:
                 [sys.executable, "-m", "server.grammar.check_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                cwd=_PACKAGE_PARENT,
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                cwd=sandbox.PACKAGE_PARENT,
+                env=sandbox.environment(),
             )
-            _write(self._child, self._setup)
+            _write(self._child, self._vocabulary)
             _read(self._child, _START_SECONDS)
         except (OSError, EOFError, msgspec.DecodeError):
             self._end_child()

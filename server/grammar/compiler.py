@@ -10,14 +10,13 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
 
 from llguidance import LLMatcher, LLParserLimits
 
 from server.errors import ClientError
 from server.grammar.matcher import Matcher
 from server.grammar.sources import KINDS, to_library_grammar
-from server.grammar.vocabulary import Vocabulary
+from server.grammar.vocabulary import Vocabulary, VocabularySpec
 from server.types import GrammarSpec
 
 CACHED_GRAMMARS = 64
@@ -53,19 +52,11 @@ _REASONS = tuple(
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary; arguments are `Vocabulary`'s."""
+    """Compiles grammars for one vocabulary."""
 
-    def __init__(
-        self,
-        token_bytes: Sequence[bytes],
-        *,
-        special_token_ids: Collection[int],
-        eos_token_ids: tuple[int, ...],
-        vocab_size: int,
-    ) -> None:
-        self._vocabulary = Vocabulary(
-            token_bytes, special_token_ids=special_token_ids, eos_token_ids=eos_token_ids, vocab_size=vocab_size
-        )
+    def __init__(self, vocabulary: VocabularySpec) -> None:
+        """Raises ValueError as `Vocabulary` does."""
+        self._vocabulary = Vocabulary(vocabulary)
         self._cache: OrderedDict[bytes, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -98,10 +89,10 @@ class GrammarCompiler:
 
     def _parse(self, spec: GrammarSpec) -> LLMatcher:
         grammar = to_library_grammar(spec)
-        parser = LLMatcher(self._vocabulary.library, grammar, log_level=0, limits=LIMITS)
+        parser = LLMatcher(self._vocabulary.ll_tokenizer, grammar, log_level=0, limits=LIMITS)
         if parser.is_error():
             raise ClientError(f"{KINDS[spec.kind]} is not supported: {_reason(parser.get_error())}", param=spec.param)
-        words = self._vocabulary.empty_library_mask()
+        words = self._vocabulary.empty_ll_mask()
         first = parser.deep_copy()
         first.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if first.is_error():

@@ -57,7 +57,7 @@ class Matcher:
         Small to keep and to send to a device; `expand_bitmask` makes a bool of each. Where the answer is finished,
         those that end it. Raises ClientError when the grammar needs more work here than is allowed, or leads nowhere.
         """
-        words = self._vocabulary.empty_library_mask()
+        words = self._vocabulary.empty_ll_mask()
         self._parser.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         if self._parser.is_error():
             self._start_again()
@@ -79,20 +79,20 @@ class Matcher:
             return
         if not self._vocabulary.is_usable(token_id):
             raise ValueError(f"token {token_id} is no text")
-        library_id = self._vocabulary.first_token(token_id) if self._at_start else token_id
-        if library_id is not None:
-            self._consume(library_id, token_id)
+        ll_id = self._vocabulary.first_token(token_id) if self._at_start else token_id
+        if ll_id is not None:
+            self._consume(ll_id, token_id)
         self._at_start = False
 
-    def _consume(self, library_id: int, token_id: int) -> None:
-        consumed = self._parser.try_consume_tokens([library_id])
+    def _consume(self, ll_id: int, token_id: int) -> None:
+        consumed = self._parser.try_consume_tokens([ll_id])
         if self._parser.is_error():
             self._start_again()
-            consumed = self._parser.try_consume_tokens([library_id])
+            consumed = self._parser.try_consume_tokens([ll_id])
             self._check()
         if consumed != 1:
             raise ValueError(f"token {token_id} is not allowed by the grammar")
-        self._consumed.append(library_id)
+        self._consumed.append(ll_id)
 
     def _start_again(self) -> None:
         """Come to the same state with a new parser. Raises ClientError when that fails as well.

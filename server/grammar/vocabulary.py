@@ -5,14 +5,31 @@ Knows bytes and bits; knows nothing of grammars.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 from llguidance import LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 _WORD_BITS = 32
 _SPACE = b" "
+
+
+class VocabularySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The vocabulary as plain data, which can also be sent to another process.
+
+    token_bytes           [tokens] what each id spells. Ids from its end to `vocab_size` are padding and never allowed;
+                          tokens from `vocab_size` on are left out
+    special_token_ids     ids that are never text, whatever they spell
+    eos_token_ids         ids that end an answer: one at least, all below `vocab_size`
+    vocab_size            ids that the model has, and bits in a mask
+    """
+
+    token_bytes: Sequence[bytes]
+    special_token_ids: frozenset[int]
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
 
 
 class Vocabulary:
@@ -24,22 +41,16 @@ class Vocabulary:
 
     size                  ids that the model has, and bits in a mask
     eos_token_ids         ids that end an answer
-    library               the library's own tokenizer object
+    ll_tokenizer          the same vocabulary as an object of the library
     """
 
-    def __init__(
-        self,
-        token_bytes: Sequence[bytes],
-        *,
-        special_token_ids: Collection[int],
-        eos_token_ids: tuple[int, ...],
-        vocab_size: int,
-    ) -> None:
-        """`token_bytes` may be shorter than `vocab_size`: ids beyond it are padding and never allowed."""
+    def __init__(self, spec: VocabularySpec) -> None:
+        """Raises ValueError for a spec whose `eos_token_ids` are none or out of range."""
+        eos_token_ids, vocab_size = spec.eos_token_ids, spec.vocab_size
         if not eos_token_ids or not all(0 <= token_id < vocab_size for token_id in eos_token_ids):
             raise ValueError(f"{len(eos_token_ids)} ids end an answer; there must be one, below {vocab_size}")
-        unusable = {*special_token_ids, *eos_token_ids}
-        known = [b"" if index in unusable else data for index, data in enumerate(token_bytes[:vocab_size])]
+        unusable = {*spec.special_token_ids, *eos_token_ids}
+        known = [b"" if index in unusable else data for index, data in enumerate(spec.token_bytes[:vocab_size])]
         self.size = vocab_size
         self.eos_token_ids = eos_token_ids
         self._tokens = known + [b""] * (vocab_size - len(known))
@@ -51,8 +62,8 @@ class Vocabulary:
         self._spaced = np.array(list(self._bare_ids), dtype=np.int64)
         self._bare = np.array(list(self._bare_ids.values()), dtype=np.int64)
         self._lone_spaces = np.array([i for i, data in enumerate(self._tokens) if data == _SPACE], dtype=np.int64)
-        self._library_words = num_words(vocab_size + len(extra))
-        self.library = LLTokenizer(_Tokens(self._tokens + extra, eos_token_ids[0]), eos_token=list(eos_token_ids))
+        self._num_ll_words = num_words(vocab_size + len(extra))
+        self.ll_tokenizer = LLTokenizer(_Tokens(self._tokens + extra, eos_token_ids[0]), eos_token=list(eos_token_ids))
 
     def is_usable(self, token_id: int) -> bool:
         """Whether an id can be part of a text: neither special nor padding nor out of range."""
@@ -68,17 +79,17 @@ class Vocabulary:
         """Whether a mask, as `mask` makes it, has anything but the end."""
         return bool((mask & ~self._ends).any())
 
-    def empty_library_mask(self) -> NDArray[np.int32]:
+    def empty_ll_mask(self) -> NDArray[np.int32]:
         """Words for the library to write a mask into."""
-        return np.empty(self._library_words, dtype=np.int32)
+        return np.empty(self._num_ll_words, dtype=np.int32)
 
-    def mask(self, library_mask: NDArray[np.int32]) -> NDArray[np.int32]:
+    def mask(self, ll_mask: NDArray[np.int32]) -> NDArray[np.int32]:
         """The model's part of a mask by the library: int32 words [ceil(size / 32)]."""
-        return library_mask[: len(self._usable)] & self._usable
+        return ll_mask[: len(self._usable)] & self._usable
 
-    def first_mask(self, library_mask: NDArray[np.int32]) -> NDArray[np.int32]:
+    def first_mask(self, ll_mask: NDArray[np.int32]) -> NDArray[np.int32]:
         """The same for a first token, whose leading space is not seen."""
-        by_bytes = expand_bitmask(library_mask, _WORD_BITS * len(library_mask))
+        by_bytes = expand_bitmask(ll_mask, _WORD_BITS * len(ll_mask))
         allowed = by_bytes[: self.size].copy()
         allowed[self._spaced] = by_bytes[self._bare]
         allowed[self._lone_spaces] = True

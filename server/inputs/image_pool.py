@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 
-import server
+from server import sandbox
 from server.errors import ClientError, UnavailableError
 from server.inputs.image_processor import tile_count
 from server.inputs.image_worker import Job, Reply
@@ -28,9 +26,6 @@ _START_SECONDS = 30.0  # a bare interpreter and Pillow: 0.1 s on an idle machine
 _WRITE_CHUNK = 256 << 10  # what the event loop copies at a time
 _READ_BUFFER = 1 << 20
 _MAX_REPLY_BYTES = 1 << 16  # a reply without its pixels is a few hundred bytes
-_PACKAGE_PARENT = Path(server.__file__).resolve().parent.parent
-# A process that opens hostile files gets no secrets from our environment, only what an interpreter may need.
-_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC_ALL", "TZ")
 # Have glibc hand the memory of a large picture back at once: without, a worker keeps 200 MB after 40 megapixels.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
@@ -181,8 +176,8 @@ class _Worker:
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     limit=_READ_BUFFER,
-                    cwd=_PACKAGE_PARENT,
-                    env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | _MALLOC,
+                    cwd=sandbox.PACKAGE_PARENT,
+                    env=sandbox.environment() | _MALLOC,
                 )
                 await self._read_reply(_pipes(self._process)[1])
         except (OSError, TimeoutError, _WorkerLostError):

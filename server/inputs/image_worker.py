@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import resource
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +20,7 @@ from typing import BinaryIO
 import msgspec
 from PIL import Image
 
+from server import sandbox
 from server.errors import ClientError
 from server.inputs.image_decode import decode_rgb
 from server.inputs.image_processor import make_tiles
@@ -61,15 +59,9 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     """Serve until stdin closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # A signal sent to the whole group is the parent's to handle: it may want to finish what it holds, and closes
-        # stdin when it is done.
-        signal.signal(number, signal.SIG_IGN)
-    # Replies go through a private copy of stdout: whatever a library prints ends up in the log, not in the stream.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    replies = sandbox.enter()
     _widen_pipe(replies.fileno())
-    _limit_memory(int(sys.argv[1]))
+    sandbox.limit_memory(int(sys.argv[1]))
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         _send(replies, Reply(), ())
         _serve(sys.stdin.buffer, replies)
@@ -124,21 +116,6 @@ def _send(replies: BinaryIO, reply: Reply, tiles: Sequence[Tile]) -> None:
     for tile in tiles:
         replies.write(tile.pixels)
     replies.flush()
-
-
-def _limit_memory(extra_bytes: int) -> None:
-    """Let the address space grow by `extra_bytes` and no further; an allocation beyond that is a MemoryError."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the user's picture
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            used = int(statm.read().split()[0]) * resource.getpagesize()
-    except OSError:
-        return  # not Linux: other systems do not enforce this limit either
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = used + extra_bytes
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _widen_pipe(descriptor: int) -> None:

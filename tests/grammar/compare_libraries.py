@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=2500, help="schemas to draw from the bench")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds for one schema and its instances")
-    parser.add_argument("--library", choices=LIBRARIES, action="append", help="default: all")
+    parser.add_argument("--only", choices=LIBRARIES, action="append", help="a library to run; default: all")
     parser.add_argument("--log", type=Path, help="write each answer to FILE.<library>.jsonl")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -373,7 +373,7 @@ def main() -> None:
     if arguments.suite is None or arguments.bench is None:
         parser.error("--suite and --bench are needed")
     cases = [*load_suite(arguments.suite), *load_bench(arguments.bench, arguments.sample, arguments.seed)]
-    compare(arguments.library or list(LIBRARIES), cases, arguments.timeout, arguments.log)
+    compare(arguments.only or list(LIBRARIES), cases, arguments.timeout, arguments.log)
 
 
 if __name__ == "__main__":

@@ -25,4 +25,4 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="session")
 def compiler(model: Model) -> GrammarCompiler:
-    return GrammarCompiler(model.table.token_bytes, **model.arguments)
+    return GrammarCompiler(model.vocabulary)

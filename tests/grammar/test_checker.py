@@ -10,15 +10,16 @@ import pytest
 
 from server.errors import ClientError, UnavailableError
 from server.grammar import checker as checker_module
-from server.grammar.check_worker import CHECK_SECONDS, Setup, frame
+from server.grammar.check_worker import CHECK_SECONDS
 from server.grammar.checker import GrammarChecker
+from server.grammar.vocabulary import VocabularySpec
 from server.types import GrammarSpec
 from tests.grammar.walks import Model, schema_spec
 
 
 @pytest.fixture(scope="module")
 def shared(model: Model) -> Iterator[GrammarChecker]:
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
+    checker = GrammarChecker(model.vocabulary)
     yield checker
     checker.close()
 
@@ -108,7 +109,7 @@ def _cpu_seconds() -> float:
 
 
 def test_verdicts_are_remembered(model: Model) -> None:
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
+    checker = GrammarChecker(model.vocabulary)
     checker.start()
     crash = reference_chain(1450)
     message = refusal(checker, crash)
@@ -142,7 +143,7 @@ def test_a_signal_to_the_group_is_the_parents(shared: GrammarChecker) -> None:
 
 
 def test_a_child_that_gets_no_time_is_nobodys_fault(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
+    checker = GrammarChecker(model.vocabulary)
     checker.start()
     child = pid(checker)
     os.kill(child, signal.SIGSTOP)
@@ -177,7 +178,7 @@ def test_threads_share_the_child(shared: GrammarChecker) -> None:
 
 
 def test_closing_ends_the_child_and_all_checks(model: Model) -> None:
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
+    checker = GrammarChecker(model.vocabulary)
     checker.start()
     child = pid(checker)
     checker.close()
@@ -188,11 +189,9 @@ def test_closing_ends_the_child_and_all_checks(model: Model) -> None:
         checker.check(GrammarSpec("regex", "a"))
 
 
-def test_a_child_that_cannot_start_is_the_servers_fault(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
-    monkeypatch.setattr(
-        checker, "_setup", frame(Setup(token_bytes=[], special_token_ids=[], eos_token_ids=(), vocab_size=0))
-    )
+def test_a_child_that_cannot_start_is_the_servers_fault() -> None:
+    unusable = VocabularySpec(token_bytes=[], special_token_ids=frozenset(), eos_token_ids=(), vocab_size=0)
+    checker = GrammarChecker(unusable)
     with pytest.raises(UnavailableError):
         checker.check(GrammarSpec("regex", "a"))
     assert checker._child is None
@@ -200,7 +199,7 @@ def test_a_child_that_cannot_start_is_the_servers_fault(model: Model, monkeypatc
 
 def test_the_child_sees_no_secrets(shared: GrammarChecker, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     monkeypatch.setenv("IDEFICS2_TEST_SECRET", "hunter2")
-    checker = GrammarChecker(model.table.token_bytes, **model.arguments)
+    checker = GrammarChecker(model.vocabulary)
     checker.start()
     with open(f"/proc/{pid(checker)}/environ", "rb") as environment:
         assert b"hunter2" not in environment.read()

@@ -14,7 +14,7 @@ from tests.grammar.walks import Model, allowed, schema_spec, start
 @pytest.fixture
 def counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[GrammarCompiler, list[GrammarSpec]]:
     """A compiler of its own, and what it has really compiled."""
-    compiler = GrammarCompiler(model.table.token_bytes, **model.arguments)
+    compiler = GrammarCompiler(model.vocabulary)
     compiled: list[GrammarSpec] = []
     parse = compiler._parse
 

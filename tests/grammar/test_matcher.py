@@ -242,7 +242,7 @@ STATES = GrammarSpec("regex", "[ab]*a[ab]{12}")
 def test_other_answers_do_not_use_up_the_states_of_this_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library counts lexer states over all copies of a parser, and gives up at a limit."""
     monkeypatch.setattr(compiler_module, "LIMITS", LLParserLimits(max_lexer_states=600, verbose_errors=False))
-    compiler = GrammarCompiler(model.table.token_bytes, **model.arguments)
+    compiler = GrammarCompiler(model.vocabulary)
     parsed: list[LLMatcher] = []
     parse = compiler._parse
     monkeypatch.setattr(compiler, "_parse", lambda spec: parsed.append(parse(spec)) or parsed[-1])
@@ -275,7 +275,7 @@ def test_a_fork_starts_again_from_its_own_tokens(compiler: GrammarCompiler, mode
 
 def test_an_answer_that_is_too_much_by_itself_fails(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler_module, "LIMITS", LLParserLimits(max_lexer_states=100, verbose_errors=False))
-    compiler = GrammarCompiler(model.table.token_bytes, **model.arguments)
+    compiler = GrammarCompiler(model.vocabulary)
     matcher = start(compiler, STATES, leading_space=False)
 
     def go_on() -> None:

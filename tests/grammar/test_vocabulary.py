@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.grammar.vocabulary import Vocabulary, expand_bitmask, pack_bits
+from server.grammar.vocabulary import Vocabulary, VocabularySpec, expand_bitmask, pack_bits
 
 TOKENS = [b"<s>", b" ", b" a", b"a", b" b", b"</s>", b"<image>", b"ab"]
+SPEC = VocabularySpec(token_bytes=TOKENS, special_token_ids=frozenset({0, 5, 6}), eos_token_ids=(5,), vocab_size=40)
 
 
 def make(**changes: object) -> Vocabulary:
-    arguments = {"special_token_ids": [0, 5, 6], "eos_token_ids": (5,), "vocab_size": 40} | changes
-    return Vocabulary(TOKENS, **arguments)  # type: ignore[arg-type]
+    return Vocabulary(msgspec.structs.replace(SPEC, **changes))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
@@ -39,7 +40,7 @@ def test_only_text_is_usable() -> None:
 
 def test_masks_never_hold_special_tokens_or_padding() -> None:
     vocabulary = make()
-    everything = np.full_like(vocabulary.empty_library_mask(), -1)
+    everything = np.full_like(vocabulary.empty_ll_mask(), -1)
     for mask in (vocabulary.mask(everything), vocabulary.first_mask(everything)):
         assert mask.shape == (2,)
         assert np.flatnonzero(expand_bitmask(mask, 64)).tolist() == [1, 2, 3, 4, 5, 7]
@@ -48,7 +49,7 @@ def test_masks_never_hold_special_tokens_or_padding() -> None:
 
 def test_a_mask_of_the_end_alone_allows_no_text() -> None:
     vocabulary = make()
-    words = np.zeros_like(vocabulary.empty_library_mask())
+    words = np.zeros_like(vocabulary.empty_ll_mask())
     assert not vocabulary.allows_text(vocabulary.mask(words))
     words[0] = 1 << 5
     assert not vocabulary.allows_text(vocabulary.mask(words))
@@ -62,7 +63,7 @@ def test_a_first_token_counts_without_its_space() -> None:
     assert vocabulary.first_token(4) == 40  # " b" as "b", which has none: one beyond the vocabulary
     assert vocabulary.first_token(1) is None
     assert vocabulary.first_token(7) == 7
-    words = np.zeros_like(vocabulary.empty_library_mask())
+    words = np.zeros_like(vocabulary.empty_ll_mask())
     words[1] = 1 << 8  # id 40: "b" may come
     assert np.flatnonzero(expand_bitmask(vocabulary.first_mask(words), 40)).tolist() == [1, 4]
     words[:] = [1 << 3, 0]  # "a" may come, and so may " a"
@@ -72,9 +73,9 @@ def test_a_first_token_counts_without_its_space() -> None:
 
 
 def test_more_tokens_than_logits_are_cut_off() -> None:
-    vocabulary = make(vocab_size=7, special_token_ids=[0, 5, 6])
+    vocabulary = make(vocab_size=7)
     assert not vocabulary.is_usable(7)
-    assert len(vocabulary.mask(np.full_like(vocabulary.empty_library_mask(), -1))) == 1
+    assert len(vocabulary.mask(np.full_like(vocabulary.empty_ll_mask(), -1))) == 1
 
 
 @pytest.mark.parametrize("ends", [(), (40,), (-1,)])

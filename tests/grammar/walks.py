@@ -7,14 +7,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.grammar.compiler import GrammarCompiler
 from server.grammar.matcher import Matcher
-from server.grammar.vocabulary import expand_bitmask
+from server.grammar.vocabulary import VocabularySpec, expand_bitmask
 from server.outputs.detokenizer import Detokenizer, TokenTable
 from server.types import GrammarSpec
 
@@ -28,13 +27,13 @@ class Model:
     vocab_size: int
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Of `Vocabulary`, but for the tokens."""
-        return {
-            "special_token_ids": self.table.special_ids,
-            "eos_token_ids": self.eos_token_ids,
-            "vocab_size": self.vocab_size,
-        }
+    def vocabulary(self) -> VocabularySpec:
+        return VocabularySpec(
+            token_bytes=self.table.token_bytes,
+            special_token_ids=self.table.special_ids,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=self.vocab_size,
+        )
 
     @cached_property
     def ids(self) -> dict[bytes, int]:
