@@ -65,13 +65,29 @@ class ServerConfig(BaseModel):
         128, ge=1, le=65536, description="Embedded tiles to keep for reuse, on the device."
     )
     enable_prefix_caching: bool = Field(True, description="Reuse KV blocks of prompts that begin alike.")
+    share_caches_between_keys: bool = Field(
+        False, description="Let requests of one API key find what another's have computed; timing then tells of it."
+    )
+    warm_up: bool = Field(True, description="Run the largest steps once before the server says that it is ready.")
+    engine_stall_seconds: float | None = Field(
+        None, gt=0, le=3600, description="Silence of a working engine that means it hangs; default: from its own steps."
+    )
+    max_engine_restarts: int = Field(
+        3, ge=0, le=100, description="Restarts of a dead or hung engine within ten minutes before the server gives up."
+    )
 
     # The front end.
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    max_num_queued_reqs: int = Field(
-        512, ge=1, le=1 << 20, description="Requests held beyond those running; more are answered 429."
+    ssl_keyfile: Path | None = Field(None, description="Private key (PEM); with --ssl-certfile, serve over TLS.")
+    ssl_certfile: Path | None = Field(None, description="Certificate chain (PEM).")
+    ssl_ca_certs: Path | None = Field(None, description="Authorities (PEM); clients must show a certificate of theirs.")
+    allowed_hosts: list[str] = Field([], description="Values of the Host header that are answered; default: any.")
+    max_connections: int | None = Field(
+        None, ge=1, le=1 << 20, description="Connections at once; more get a 503. Default: what open files allow."
     )
+    header_timeout: float = Field(10.0, gt=0, le=600, description="Seconds for the head of a request to arrive.")
+    body_timeout: float = Field(30.0, gt=0, le=3600, description="Seconds for the body of a request to arrive.")
     max_body_mb: float = Field(32.0, gt=0, le=1024, description="Largest request body in MiB.")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, description="Silence after which a stream gets a comment.")
     inject_tools: bool = Field(
@@ -84,10 +100,38 @@ class ServerConfig(BaseModel):
         30.0, ge=0, le=3600, description="Seconds that running requests get to finish after SIGTERM."
     )
 
+    # Who may ask, and for how much.
+    api_key: list[str] = Field(
+        [],
+        description="Keys that clients must show, as 'key' or 'name=key'. Everybody on the machine sees flags: better "
+        "in the environment or in --api-key-file.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File with a key a line: 'key', 'name=key', and after it limits of its own."
+    )
+    max_reqs_per_key: int | None = Field(
+        None, ge=1, le=1 << 20, description="Requests of one key at a time; more are answered 429."
+    )
+    max_tokens_per_minute_per_key: int | None = Field(
+        None, ge=1, le=1 << 40, description="Tokens of prompts and answers that one key gets in a minute."
+    )
+    max_num_queued_reqs: int = Field(
+        512, ge=1, le=1 << 20, description="Requests held beyond those running; more are answered 429."
+    )
+    max_num_queued_tokens: int | None = Field(
+        None, ge=1, le=1 << 40, description="Prompt tokens that wait to be computed; default: 8 full contexts."
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, le=86400, description="Seconds for a request from its arrival to its last token."
+    )
+
     # Images.
     image_splitting: Literal["auto", "on", "off"] = Field(
         "auto",
         description="What detail 'auto' means: split, whole, or the checkpoint's own setting.",
+    )
+    allowed_media_domains: list[str] = Field(
+        [], description="Domains, with what is below them, that pictures may be fetched from; default: all public ones."
     )
     max_images: int = Field(16, ge=0, le=1024, description="Images in one request, over all its messages.")
     max_image_bytes: int = Field(20 << 20, ge=1024, le=1 << 30, description="Encoded size of one image.")
@@ -104,7 +148,12 @@ class ServerConfig(BaseModel):
                 f"max_num_batched_tokens ({budget}) must be at least max_num_seqs ({self.max_num_seqs}): "
                 "every running request may need one token a step"
             )
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ValueError("ssl_keyfile and ssl_certfile go together")
         return self
+
+
+_LISTS = {name for name, field in ServerConfig.model_fields.items() if field.default == []}
 
 
 def load_config(
@@ -162,7 +211,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         key = name.removeprefix(ENV_PREFIX).lower()
         if text:
-            found[key] = [part for part in text.split(",") if part] if key == "served_model_name" else text
+            found[key] = [part for part in text.split(",") if part] if key in _LISTS else text
     return found
 
 

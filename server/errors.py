@@ -3,7 +3,9 @@
 ServerError
 ├── ClientError           400, the request is at fault
 │   ├── AuthenticationError 401, NotFoundError 404, MethodNotAllowedError 405, TooLargeError 413, MediaTypeError 415
+├── DeadlineError         408, the request's time is over
 ├── CapacityError         429, try again later
+│   └── QuotaError          429, one client's share is used up
 ├── UnavailableError      503, loading or draining
 │   └── EngineDeadError   503, the engine is gone
 └── RequestFailedError    500, a step failed for this request alone
@@ -72,6 +74,16 @@ class CapacityError(ServerError):
     status = 429
     type = "rate_limit_error"
     default_code = "queue_full"
+
+
+class QuotaError(CapacityError):
+    default_code = "rate_limit_exceeded"
+
+
+class DeadlineError(ServerError):
+    status = 408
+    type = "timeout_error"
+    default_code = "request_timeout"
 
 
 class UnavailableError(ServerError):

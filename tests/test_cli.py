@@ -12,7 +12,7 @@ import server.launch
 from server import cli
 from server.config import ENV_PREFIX, ServerConfig
 from server.errors import CheckpointError, ConfigError
-from tests.test_config import FIELDS, example
+from tests.test_config import COMPANIONS, FIELDS, example
 
 Serve = Callable[..., ServerConfig]
 
@@ -52,8 +52,8 @@ def test_every_field_is_a_flag(serve: Serve, name: str) -> None:
         arguments = [flag, *value]
     else:
         arguments = [flag, text]
-    if name == "max_num_batched_tokens":
-        arguments += ["--max-num-seqs", "1"]
+    for other, needed in COMPANIONS.get(name, {}).items():
+        arguments += ["--" + other.replace("_", "-"), str(needed)]
     assert getattr(serve(*arguments), name) == value
 
 

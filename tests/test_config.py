@@ -35,6 +35,8 @@ def example(name: str) -> tuple[Any, str]:
         return (value, value)
     if kind is str:
         return ("some-text", "some-text")
+    if kind is Path:
+        return (Path("some/file"), "some/file")
     if kind in (int, float):
         limits = {
             key: getattr(item, key) for item in field.metadata for key in ("ge", "gt", "le") if hasattr(item, key)
@@ -43,6 +45,14 @@ def example(name: str) -> tuple[Any, str]:
         value = kind((low + high) / 2) if high <= 1 else kind(min(max(low + 1, 4000), high))
         return (value, str(value))
     return (["one", "two"], "one,two")
+
+
+# What else must be set for a field to be set to its example.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "max_num_batched_tokens": {"max_num_seqs": 1},
+    "ssl_keyfile": {"ssl_certfile": "a.pem"},
+    "ssl_certfile": {"ssl_keyfile": "a.pem"},
+}
 
 
 # -- each source by itself ------------------------------------------------------------------------------------------
@@ -58,8 +68,9 @@ def test_every_field_is_documented_and_read_from_each_source(name: str, tmp_path
     value, text = example(name)
     assert value != FIELDS[name].default
     assert (FIELDS[name].description or "").endswith(".")
-    base = {"max_num_seqs": 1} if name == "max_num_batched_tokens" else {}
-    yaml_text = f"{name}: {value!r}\n".replace("True", "true").replace("False", "false")
+    base = COMPANIONS.get(name, {})
+    shown = text if isinstance(value, Path) else repr(value)
+    yaml_text = f"{name}: {shown}\n".replace("True", "true").replace("False", "false")
     for config in (
         load_config(file=write(tmp_path, yaml_text), flags=base),
         load_config(environ={ENV_PREFIX + name.upper(): text}, flags=base),

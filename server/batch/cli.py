@@ -20,16 +20,13 @@ from server.batch.output import BatchOutput, RunStopped
 from server.batch.progress import Progress, render_summary
 from server.batch.runner import BatchRunner, Tally
 from server.batch.sender import Patience, Sender, Target
-from server.batch.targets import local_target, remote_target
+from server.batch.targets import LISTENING, local_target, remote_target
 from server.cli import add_config_flags, config_flags, config_of
 from server.config import ServerConfig
 from server.errors import ConfigError
 
 T = TypeVar("T", int, float)
 
-# Settings of a server that listens, or that has clients who may go elsewhere. A file or the environment may still
-# hold them, as both are shared with `serve`.
-NOT_OFFLINE = frozenset({"host", "port", "max_num_queued_reqs", "keep_alive_seconds", "metrics_compat"})
 # What is left to set when somebody else's server does the work.
 NOT_THE_ENGINES = frozenset({"shutdown_timeout"})
 
@@ -69,12 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--quiet", action="store_true", help="no progress bar; there is none either without a terminal")
     _add_remote(parser.add_argument_group("a server that is running already, instead of a model"))
-    add_config_flags(parser, without=NOT_OFFLINE)
+    add_config_flags(parser, without=LISTENING)
 
 
 def _add_remote(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--base-url", metavar="URL", help="any OpenAI-compatible server, with or without /v1")
-    group.add_argument("--api-key", metavar="KEY", help="sent to it (default: OPENAI_API_KEY of the environment)")
+    # `serve` has a flag of that name, for the keys that it asks for.
+    group.add_argument(
+        "--api-key", dest="key", metavar="KEY", help="sent to it (default: OPENAI_API_KEY of the environment)"
+    )
     group.add_argument(
         "--max-retries",
         type=_number(int, 0, 1000),
@@ -116,7 +116,7 @@ def _check(args: argparse.Namespace) -> ServerConfig:
     if args.output.exists() and args.output.samefile(args.input):
         raise ConfigError("--output: is the same file as --input")
     if args.base_url is None:
-        if args.api_key is not None:
+        if args.key is not None:
             raise ConfigError("--api-key: is sent to the server of --base-url, which is missing")
         return config_of(args)
     parts = urlsplit(args.base_url)
@@ -185,8 +185,8 @@ def _signals(job: asyncio.Task[None], tally: Tally, stopping: asyncio.Event, *, 
 
 def _target(args: argparse.Namespace, config: ServerConfig, max_in_flight: int) -> AbstractAsyncContextManager[Target]:
     if args.base_url is None:
-        return local_target(config, max_in_flight)
-    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+        return local_target(config)
+    key = args.key or os.environ.get("OPENAI_API_KEY")
     return remote_target(args.base_url, api_key=key, timeout=args.timeout, max_in_flight=max_in_flight)
 
 

@@ -12,9 +12,34 @@ from server.config import ServerConfig
 
 CONNECT_SECONDS = 10.0
 
+# Settings of a server that listens, or that has clients who may go elsewhere. Here there are none: whatever a file or
+# the environment says of them, they have no limits.
+LISTENING = frozenset(
+    {
+        "host",
+        "port",
+        "ssl_keyfile",
+        "ssl_certfile",
+        "ssl_ca_certs",
+        "allowed_hosts",
+        "max_connections",
+        "header_timeout",
+        "body_timeout",
+        "api_key",
+        "api_key_file",
+        "max_reqs_per_key",
+        "max_tokens_per_minute_per_key",
+        "max_num_queued_reqs",
+        "max_num_queued_tokens",
+        "request_timeout",
+        "keep_alive_seconds",
+        "metrics_compat",
+    }
+)
+
 
 @asynccontextmanager
-async def local_target(config: ServerConfig, max_in_flight: int) -> AsyncIterator[Target]:
+async def local_target(config: ServerConfig) -> AsyncIterator[Target]:
     """The application that `serve` would serve, called without a socket. Loads the model.
 
     Raises ConfigError or CheckpointError.
@@ -26,8 +51,9 @@ async def local_target(config: ServerConfig, max_in_flight: int) -> AsyncIterato
 
     configure_logging("WARNING")  # a line for each request would be a line for each line
     # There is nobody to send away: whatever is in flight may wait.
-    queued = max(config.max_num_queued_reqs, max_in_flight)
-    config = config.model_copy(update={"max_num_queued_reqs": queued})
+    endless = {"max_num_queued_reqs": 1 << 20, "max_num_queued_tokens": 1 << 40, "request_timeout": 86400.0}
+    defaults = {name: ServerConfig.model_fields[name].default for name in LISTENING}
+    config = config.model_copy(update=defaults | endless)
     llm = build_llm(config)
     app = build_app(llm, config)
     urls = {path for path, methods in app.openapi()["paths"].items() if path.startswith("/v1/") and "post" in methods}
