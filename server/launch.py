@@ -18,6 +18,7 @@ import torch
 import uvicorn
 import uvloop
 
+from server.admission import Admission
 from server.api.app import build_app
 from server.config import ServerConfig
 from server.demo.checkpoint import ensure_demo, with_processor
@@ -248,7 +249,10 @@ def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> As
     inputs = build_inputs(config, folder, metrics)
     described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {config.dtype} {config.load_format}"
     return AsyncLLM(
-        config,
+        admission=Admission(
+            max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
+            max_queued_tokens=config.max_num_queued_tokens,
+        ),
         client=client or build_client(config, folder),
         inputs=inputs,
         outputs=OutputProcessor(_token_table(inputs.tokenizer), metrics),

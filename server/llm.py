@@ -8,21 +8,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 
-from server.config import ServerConfig
+from server.admission import Admission
 from server.engine.client import EngineClient
 from server.engine.core import AbortRequests, EngineInfo
-from server.errors import CapacityError, EngineDeadError, UnavailableError
+from server.errors import CapacityError, DeadlineError, EngineDeadError, UnavailableError
 from server.inputs.processor import InputProcessor
+from server.observability.loop_lag import LoopLag
 from server.observability.metrics import ServerMetrics
 from server.outputs.processor import OutputProcessor
-from server.types import ChatInput, EngineOutputs, EngineRequest, PromptInput, RequestOutput
+from server.outputs.response import ResponseStream
+from server.types import ChatInput, EngineOutputs, EngineRequest, PromptInput, RequestOrigin, RequestOutput
 
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
+
+# Waiting prompts are worth so many full contexts unless the operator says otherwise.
+QUEUED_CONTEXTS = 8
 
 
 class AsyncLLM:
@@ -30,8 +36,8 @@ class AsyncLLM:
 
     def __init__(
         self,
-        config: ServerConfig,
         *,
+        admission: Admission,
         client: EngineClient,
         inputs: InputProcessor,
         outputs: OutputProcessor,
@@ -47,22 +53,21 @@ class AsyncLLM:
         self.vocab_size = vocab_size
         self.system_fingerprint = f"idefics2-server-{VERSION}-{fingerprint}"
         self.metrics = metrics
+        self._loop_lag = LoopLag(metrics)
         self._client = client
         self._inputs = inputs
         self._outputs = outputs
-        self._max_in_flight = config.max_num_seqs + config.max_num_queued_reqs
-        self._max_num_seqs = config.max_num_seqs
-        self._preparing = 0
+        self._admission = admission
         self._info: EngineInfo | None = None
         self._death: str | None = None
         self._draining = False
         self._closed = False
-        self._recent_seconds = 1.0  # smoothed time a request takes, for Retry-After
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it is ready. Raises ConfigError or CheckpointError when it cannot start."""
+        self._loop_lag.start()
         loop = asyncio.get_running_loop()
 
         def on_outputs(outputs: EngineOutputs) -> None:
@@ -73,6 +78,8 @@ class AsyncLLM:
 
         await self._inputs.start()
         info = self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
+        if self._admission.max_queued_tokens is None:
+            self._admission.max_queued_tokens = QUEUED_CONTEXTS * info.max_model_len
         self.metrics.record_engine(
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
@@ -93,6 +100,7 @@ class AsyncLLM:
     async def close(self) -> None:
         """End what is still open with an error, and stop the engine."""
         self.end_all()
+        self._loop_lag.stop()
         await self._inputs.close()
         await asyncio.to_thread(self._client.close)
 
@@ -118,40 +126,28 @@ class AsyncLLM:
 
     @property
     def num_in_flight(self) -> int:
-        return self._preparing + len(self._outputs)
+        return self._admission.num_in_flight
 
-    def check_capacity(self) -> None:
-        """As `check_room`, for a request that is here; a refusal is counted."""
+    def check_capacity(self, origin: RequestOrigin) -> None:
+        """Raise CapacityError or UnavailableError when a request from there cannot be taken now; that is counted."""
+        with self._counting_refusals():
+            self.check_ready()
+            self._admission.check(origin.key)
+
+    @contextlib.contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
         try:
-            self.check_room()
+            yield
         except (CapacityError, UnavailableError) as error:
             self.metrics.record_rejection(error.code)
             raise
 
-    def check_room(self) -> None:
-        """Raise CapacityError or UnavailableError when a request cannot be taken now."""
+    def check_ready(self) -> None:
+        """Raise UnavailableError while no request can be taken from anybody."""
         self._check_open()
         if self._draining:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
         _ = self.info  # refuses while loading
-        if self.num_in_flight >= self._max_in_flight:
-            waves = self.num_in_flight / self._max_num_seqs
-            raise CapacityError(
-                f"the queue is full: {self.num_in_flight} requests are running or waiting, the limit is "
-                f"{self._max_in_flight}",
-                retry_after=min(max(waves * self._recent_seconds / 2, 1.0), 60.0),
-            )
-
-    def _check_answers(self, count: int) -> None:
-        """Raise CapacityError where a response of many answers would crowd out those that are here."""
-        here = len(self._outputs)
-        if count > 1 and here and here + count > self._max_in_flight:
-            self.metrics.record_rejection(CapacityError.default_code)
-            raise CapacityError(
-                f"the queue is full: {here} answers are running or waiting, {count} more are asked for, the limit is "
-                f"{self._max_in_flight}",
-                retry_after=self._recent_seconds,
-            )
 
     def _check_open(self) -> None:
         if self._death is not None:
@@ -164,44 +160,65 @@ class AsyncLLM:
     async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:
         """Template, limits, tokens, grammar and pictures; nothing has reached the engine yet.
 
-        Raises ClientError, or CapacityError when others were faster: a body takes its time after the first check.
+        Raises ClientError, DeadlineError, or CapacityError when others were faster: a body takes its time after the
+        first check.
         """
-        self.check_capacity()
-        self._preparing += 1
-        try:
-            return await self._inputs.process(item, max_model_len=self.info.max_model_len)
-        finally:
-            self._preparing -= 1
+        self.check_capacity(item.origin)
+        with self._admission.hold(item.origin.key) as hold, self._counting_refusals():
+            try:
+                async with asyncio.timeout(_seconds_until(item.origin.deadline)):
+                    return await self._inputs.process(item, max_model_len=self.info.max_model_len, admit=hold.wait)
+            except TimeoutError:
+                raise _too_late() from None
 
     async def generate(self, *requests: EngineRequest) -> AsyncIterator[RequestOutput]:
         """Outputs of all answers to these requests, as they come, until each has had its finish_reason.
 
-        Raises ServerError when the engine fails one of them.
+        Raises ServerError when the engine fails one of them, and DeadlineError when their time is over.
         """
         self._check_open()  # much may have happened while the requests were prepared
-        self._check_answers(sum(len(request.choice_ids) for request in requests))
+        num_answers = sum(len(request.choice_ids) for request in requests)
+        with self._counting_refusals():
+            self._admission.check_answers(num_answers)
+        origin = requests[0].origin
         wake = asyncio.Event()
         response = self._outputs.open(requests, wake.set)
+        with self._admission.hold(origin.key, answers=num_answers) as hold, self._until(origin.deadline, response):
+            try:
+                hold.wait(sum(len(request.prompt_token_ids) for request in requests), check=False)
+                for request in requests:
+                    self._client.submit(request)
+                while True:
+                    output = response.take()
+                    if output is None:
+                        await wake.wait()
+                        wake.clear()
+                        continue
+                    hold.stop_waiting()
+                    is_last = response.is_finished
+                    if is_last:  # now, for after the last output nobody asks again
+                        self._admission.note_end(num_answers)
+                    yield output
+                    if is_last:
+                        return
+            finally:
+                self._admission.charge(origin.key, response.num_computed_tokens)
+                unfinished = self._outputs.close(response)
+                if unfinished:
+                    self._abort(unfinished)
+
+    @contextlib.contextmanager
+    def _until(self, deadline: float, response: ResponseStream) -> Iterator[None]:
+        """Fail a response that is not complete at its deadline."""
+        timer = None
+        seconds = _seconds_until(deadline)
+        if seconds is not None:
+            timer = asyncio.get_running_loop().call_later(seconds, lambda: response.fail(_too_late()))
         try:
-            for request in requests:
-                self._client.submit(request)
-            while True:
-                output = response.take()
-                if output is None:
-                    await wake.wait()
-                    wake.clear()
-                    continue
-                is_last = response.is_finished
-                if is_last:  # now, for after the last output nobody asks again
-                    arrival = min(request.arrival_time for request in requests)
-                    self._recent_seconds += 0.1 * (time.monotonic() - arrival - self._recent_seconds)
-                yield output
-                if is_last:
-                    return
+            yield
         finally:
-            unfinished = self._outputs.close(response)
-            if unfinished:
-                self._abort(unfinished)
+            if timer is not None:
+                timer.cancel()
 
     def _abort(self, request_ids: list[str]) -> None:
         with contextlib.suppress(EngineDeadError):  # then nothing is left to abort in
@@ -235,6 +252,8 @@ class AsyncLLM:
     # -- from the engine -----------------------------------------------------------------------------------------
 
     def _on_outputs(self, outputs: EngineOutputs) -> None:
+        if outputs.stats.num_prompt_tokens:
+            self._admission.note_computed(outputs.stats.num_prompt_tokens)
         ended_here = self._outputs.process(outputs)
         if ended_here:
             self._abort(ended_here)
@@ -243,3 +262,12 @@ class AsyncLLM:
         logger.error("engine death: %s", reason)
         self._death = reason
         self._outputs.fail_all(EngineDeadError("the engine stopped while computing this request", retry_after=5.0))
+
+
+def _seconds_until(deadline: float) -> float | None:
+    """What is left until a time of `time.monotonic()`, never below 0; None: for ever."""
+    return None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
+
+
+def _too_late() -> DeadlineError:
+    return DeadlineError("the request was not answered within its time")

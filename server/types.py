@@ -7,11 +7,32 @@ Messages are `msgspec` structs, because those that cross to the engine process a
 from __future__ import annotations
 
 import enum
+import math
 from typing import Literal
 
 import msgspec
 
 ImageDetail = Literal["auto", "low", "high"]
+
+
+class RequestOrigin(msgspec.Struct, frozen=True):
+    """Who asks, and until when an answer is worth having.
+
+    `key` is the name of the API key, "" where none is asked for. `deadline` is a time of `time.monotonic()`.
+    """
+
+    key: str = ""
+    deadline: float = math.inf
+
+
+ANYBODY = RequestOrigin()
+
+
+class KeyLimits(msgspec.Struct, frozen=True):
+    """What one API key gets; None: no limit. `tokens_per_minute` counts prompts that are computed, and answers."""
+
+    max_reqs: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class TextPart(msgspec.Struct, frozen=True):
@@ -97,6 +118,7 @@ class ChatInput(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     turns: tuple[Turn, ...]
     sampling: SamplingParams
+    origin: RequestOrigin = ANYBODY
     n: int = 1
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -115,6 +137,7 @@ class PromptInput(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt: str | tuple[int, ...]
     sampling: SamplingParams
+    origin: RequestOrigin = ANYBODY
     n: int = 1
     add_special_tokens: bool = True
     truncation: Truncation | None = None
@@ -164,13 +187,15 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     `placeholders[i]` is where `tiles[i]` goes; ranges ascend and do not overlap. Lower `priority` runs first.
     `arrival_time` is `time.monotonic()` at the API, comparable between processes of one machine. With `n` above 1 the
     prompt is computed once and its blocks are shared; each answer has an id of its own. `continues_text` says that the
-    answer goes on in the middle of a text, where a space at its start means something.
+    answer goes on in the middle of a text, where a space at its start means something. Requests of different
+    `origin.key`s get their turns alternately.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
+    origin: RequestOrigin = ANYBODY
     tiles: tuple[Tile, ...] = ()
     placeholders: tuple[PlaceholderRange, ...] = ()
     priority: int = 0

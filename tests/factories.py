@@ -11,7 +11,15 @@ from server.engine.core import EngineCore, EngineInfo
 from server.engine.limits import SchedulerLimits
 from server.engine.scheduler import Scheduler
 from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput
-from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile, TokenLogprobs
+from server.types import (
+    ANYBODY,
+    EngineRequest,
+    PlaceholderRange,
+    RequestOrigin,
+    SamplingParams,
+    Tile,
+    TokenLogprobs,
+)
 
 IMAGE_ID, FAKE_ID = 32001, 32000
 _ids = itertools.count()
@@ -31,6 +39,7 @@ def make_request(
     max_tokens: int = 4,
     priority: int = 0,
     cache_salt: str = "",
+    origin: RequestOrigin = ANYBODY,
     eos: tuple[int, ...] = (2,),
     n: int = 1,
     **sampling: object,
@@ -56,6 +65,7 @@ def make_request(
         placeholders=tuple(placeholders),
         priority=priority,
         cache_salt=cache_salt,
+        origin=origin,
         n=n,
     )
 

@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 
+from server.admission import Admission
 from server.config import ServerConfig
 from server.engine.client import EngineClient, ThreadClient
 from server.engine.core import AbortRequests, EngineCore, EngineInfo
@@ -26,7 +27,7 @@ from server.llm import AsyncLLM
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
-from server.types import ChatInput, EngineRequest, FinishReason, RequestOutput, SamplingParams, TextPart, Turn
+from server.types import ANYBODY, ChatInput, EngineRequest, FinishReason, RequestOutput, SamplingParams, TextPart, Turn
 from tests.factories import FakeExecutor, expected_answer, make_core, make_request
 
 CHAT = ChatInput(request_id="r", turns=(Turn("user", (TextPart("x"),)),), sampling=SamplingParams())
@@ -52,6 +53,7 @@ class FakeInputs:
     """Hands out prepared requests; `closing` runs while it closes."""
 
     def __init__(self) -> None:
+        self.num_tokens = 8
         self.failure: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.closing: Callable[[], Awaitable[None]] | None = None
@@ -66,13 +68,14 @@ class FakeInputs:
         if self.closing is not None:
             await self.closing()
 
-    async def process(self, chat: ChatInput, *, max_model_len: int) -> EngineRequest:
+    async def process(self, chat: ChatInput, *, max_model_len: int, admit: Callable[[int], None]) -> EngineRequest:
         self.max_model_lens.append(max_model_len)
+        admit(self.num_tokens)
         if self.gate is not None:
             await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return make_request(8)
+        return make_request(self.num_tokens, origin=chat.origin)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -100,8 +103,12 @@ class Server:
         metrics = ServerMetrics("test")
         self.outputs = OutputProcessor(TABLE, metrics)
         self.client = client or ThreadClient(lambda: self.core)
+        config = ServerConfig(**settings)  # type: ignore[arg-type]
         self.llm = AsyncLLM(
-            ServerConfig(**settings),  # type: ignore[arg-type]
+            admission=Admission(
+                max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
+                max_queued_tokens=config.max_num_queued_tokens,
+            ),
             client=self.client,
             inputs=self.inputs,  # type: ignore[arg-type]
             outputs=self.outputs,
@@ -373,18 +380,18 @@ def test_beyond_its_capacity_a_server_says_try_later() -> None:
         streams = [server.llm.generate(make_request(8, max_tokens=9)) for _ in range(3)]
         tasks = []
         for number, stream in enumerate(streams):
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
             assert server.llm.num_in_flight == number
             tasks.append(asyncio.ensure_future(drain(stream)))
             await asyncio.sleep(0)
         with pytest.raises(CapacityError, match="3 requests are running or waiting, the limit is 3") as caught:
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         assert caught.value.status == 429
         assert caught.value.retry_after is not None
         assert 1.0 <= caught.value.retry_after <= 60.0
         server.executor.gate.release(10_000)
         await asyncio.gather(*tasks)
-        server.llm.check_capacity()
+        server.llm.check_capacity(ANYBODY)
 
     run(Server(executor=GatedExecutor(), max_num_seqs=1, max_num_queued_reqs=2), scenario)
 
@@ -396,13 +403,13 @@ def test_requests_in_preparation_count() -> None:
         await asyncio.sleep(0)
         assert server.llm.num_in_flight == 2
         with pytest.raises(CapacityError):
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         server.inputs.failure = ClientError("no")
         preparing[0].cancel()
         server.inputs.gate.set()
         await asyncio.gather(*preparing, return_exceptions=True)
         assert server.llm.num_in_flight == 0
-        server.llm.check_capacity()
+        server.llm.check_capacity(ANYBODY)
 
     run(Server(max_num_seqs=1, max_num_queued_reqs=1), scenario)
 
@@ -414,7 +421,7 @@ def test_capacity_holds_although_bodies_take_time_to_arrive() -> None:
         assert isinstance(server.executor, GatedExecutor)
 
         async def one_request() -> None:
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
             await asyncio.sleep(0.01)
             await drain(server.llm.generate(await server.llm.prepare(CHAT)))
 
@@ -445,14 +452,14 @@ def test_before_it_has_started_a_server_is_loading() -> None:
         assert not server.llm.is_ready
         assert server.llm.is_alive
         with pytest.raises(UnavailableError, match="loading") as caught:
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         assert (caught.value.code, caught.value.status) == ("model_loading", 503)
         with pytest.raises(UnavailableError, match="loading"):
             await server.llm.prepare(CHAT)
         info = await server.llm.start()
         assert isinstance(info, EngineInfo)
         assert server.llm.is_ready
-        server.llm.check_capacity()
+        server.llm.check_capacity(ANYBODY)
         assert server.inputs.log == ["start"]
 
     run(Server(), scenario, start=False)
@@ -482,7 +489,7 @@ def test_closing_ends_what_is_open_with_an_error() -> None:
             await task
         assert not server.llm.is_ready
         with pytest.raises(UnavailableError, match="shutting down"):
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         with pytest.raises(ServerError):
             await collect(server.llm, make_request(8))
         assert server.inputs.log == ["start", "close"]
@@ -519,7 +526,7 @@ def test_a_server_that_drains_finishes_what_it_has_and_takes_nothing_new() -> No
         assert not server.llm.is_ready
         assert server.llm.is_alive
         with pytest.raises(UnavailableError, match="shutting down"):
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         server.executor.gate.release(1000)
         assert "".join(output.text for output in await task) == words(running)
         assert (await collect(server.llm, accepted))[-1].finish_reason is FinishReason.LENGTH
@@ -620,7 +627,7 @@ def test_when_the_engine_dies_all_fail_and_nobody_hangs() -> None:
         assert not server.llm.is_alive
         assert not server.llm.is_ready
         with pytest.raises(EngineDeadError):
-            server.llm.check_capacity()
+            server.llm.check_capacity(ANYBODY)
         assert server.llm.num_in_flight == 0
 
     run(mortal_server(2), scenario)

@@ -52,7 +52,7 @@ def health_router(llm: AsyncLLM, *, version: str) -> APIRouter:
         if not llm.is_alive:
             raise EngineDeadError("the engine is not running")
         if not llm.is_ready:
-            llm.check_room()  # knows whether it is loading or draining, and says so
+            llm.check_ready()  # knows whether it is loading or draining, and says so
             raise UnavailableError("the server is loading its model or shutting down")
         return Health()
 

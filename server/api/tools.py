@@ -135,7 +135,7 @@ async def prepare_with_tools(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | N
         if tools is not None and error.param == "tools":
             for grammar in tools.suspects():  # raises for the first that does not compile by itself
                 alone = SamplingParams(max_tokens=1, grammar=grammar)
-                await llm.prepare(PromptInput(request_id="tools", prompt="?", sampling=alone))
+                await llm.prepare(PromptInput(request_id="tools", prompt="?", sampling=alone, origin=chat.origin))
         raise
 
 

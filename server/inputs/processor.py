@@ -12,7 +12,7 @@ import itertools
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -32,6 +32,10 @@ TURN_CHARACTERS = 64
 
 # The reference processor puts a space between a closing FAKE and a word (transformers 5, processing_idefics2.py).
 _WORD_START = re.compile(r"[^\s<]")
+
+
+def _admit_all(num_tokens: int) -> None:
+    """No limit."""
 
 
 class InputProcessor:
@@ -67,13 +71,19 @@ class InputProcessor:
         await self._images.close()
         await asyncio.to_thread(self._grammars.close)
 
-    async def process(self, item: ChatInput | PromptInput, *, max_model_len: int) -> EngineRequest:
-        """Check, encode and load one conversation or prompt for an engine whose context is `max_model_len` tokens."""
+    async def process(
+        self, item: ChatInput | PromptInput, *, max_model_len: int, admit: Callable[[int], None] = _admit_all
+    ) -> EngineRequest:
+        """Check, encode and load one conversation or prompt for an engine whose context is `max_model_len` tokens.
+
+        `admit` gets the number of prompt tokens before anything else is done, and may raise to refuse them.
+        """
         arrival_time = time.monotonic()
         prompt = await self.encode_input(item, max_model_len=max_model_len)
         sampling = item.sampling
         num_tokens = len(prompt.token_ids)
         _check_length(num_tokens, max_model_len, param=_param(item))
+        admit(num_tokens)
         room = max_model_len - num_tokens
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         if sampling.min_tokens > max_tokens:
@@ -94,6 +104,7 @@ class InputProcessor:
                 seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             ),
             eos_token_ids=self._eos_token_ids,
+            origin=item.origin,
             tiles=tuple(tiles),
             placeholders=tuple(prompt.placeholders),
             priority=item.priority,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from server.errors import ServerError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.stream import RequestStream
@@ -98,6 +99,20 @@ class ResponseStream:
             _, before = longest.get(stream.request.request_id, (stream.request, 0))
             longest[stream.request.request_id] = (stream.request, max(before, stream.num_generated))
         return list(longest.values())
+
+    def fail(self, error: ServerError) -> None:
+        """End all answers that have not ended."""
+        for stream in self.streams.values():
+            stream.fail(error)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens that were computed for this response and not found, and all tokens of its answers."""
+        answers = sum(stream.num_generated for stream in self.streams.values())
+        prompts = sum(
+            len(stream.request.prompt_token_ids) - stream.num_cached for stream in self._leaders if stream.num_generated
+        )
+        return answers + prompts
 
     @property
     def is_finished(self) -> bool:

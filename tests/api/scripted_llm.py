@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 
 from server.api.app import build_app
+from server.api.streaming import EventEncoder, OpenStream, stream_events
 from server.config import ServerConfig
-from server.errors import CapacityError, ServerError
+from server.errors import CapacityError, ClientError, ServerError
 from server.observability.metrics import ServerMetrics
-from server.types import ChatInput, EngineRequest, FinishReason, Logprob, PromptInput, RequestOutput, Usage
+from server.types import (
+    ChatInput,
+    EngineRequest,
+    FinishReason,
+    Logprob,
+    PromptInput,
+    RequestOrigin,
+    RequestOutput,
+    Usage,
+)
+from tests.listening import listening
 
 PROMPT_TOKENS = 85
 IMAGE_TOKENS = 64
+UNCOMPILABLE = "unheard-of"
 
 
 class Hang:
@@ -55,7 +66,10 @@ TWO_CATS = (say("Two"), say(" cats."), say("", FinishReason.STOP))
 
 @dataclass
 class ScriptedLLM:
-    """Plays `script` for every request: outputs, seconds to wait, exceptions to raise, or Hang."""
+    """Plays `script` for every request: outputs, seconds to wait, exceptions to raise, or Hang.
+
+    Grammars that speak of UNCOMPILABLE are refused, as an engine does that cannot compile them.
+    """
 
     script: Sequence[RequestOutput | float | Exception | Hang] = TWO_CATS
     prepare_script: Sequence[float | Exception | Hang] = ()
@@ -67,6 +81,7 @@ class ScriptedLLM:
     max_model_len: int = 4096
     vocab_size: int = 32003
     system_fingerprint: str = "fp_test"
+    num_in_flight: int = 0
     metrics: ServerMetrics = field(default_factory=lambda: ServerMetrics("idefics2-8b"))
 
     # What happened, for tests in another thread.
@@ -84,10 +99,19 @@ class ScriptedLLM:
         vars(self).clear()
         vars(self).update(fresh)
 
-    def check_capacity(self) -> None:
-        self.check_room()
+    def http_count(self, **labels: str) -> float:
+        """How many answers with exactly these labels have been counted."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.metrics.render()[0].decode())
+            for sample in family.samples
+            if sample.name == "idefics2:http_requests_total" and sample.labels == labels
+        )
 
-    def check_room(self) -> None:
+    def check_capacity(self, origin: RequestOrigin) -> None:
+        self.check_ready()
+
+    def check_ready(self) -> None:
         if self.capacity_error is not None:
             raise self.capacity_error
 
@@ -96,12 +120,10 @@ class ScriptedLLM:
             self.chats.append(item)
         else:
             self.prompts.append(item)
-        self.preparing.set()
-        try:
-            for step in self.prepare_script:
-                await self._wait(step)
-        finally:
-            self.prepare_ended.set()
+        await self._play_preparation()
+        grammar = item.sampling.grammar
+        if grammar is not None and UNCOMPILABLE in grammar.source:
+            raise ClientError(f"'{grammar.param}' does not compile", param=grammar.param)
         return EngineRequest(
             request_id=item.request_id,
             prompt_token_ids=[1] * PROMPT_TOKENS,
@@ -109,6 +131,14 @@ class ScriptedLLM:
             eos_token_ids=(2,),
             n=item.n,
         )
+
+    async def _play_preparation(self) -> None:
+        self.preparing.set()
+        try:
+            for step in self.prepare_script:
+                await self._wait(step)
+        finally:
+            self.prepare_ended.set()
 
     def generate(self, *requests: EngineRequest) -> AsyncIterator[RequestOutput]:
         # Held on to, so that whoever leaves it to the garbage collector to close it is found out.
@@ -148,30 +178,25 @@ def played(
     return msgspec.structs.replace(output, request_id=request_id, usage=usage, prompt_token_ids=prompt_token_ids)
 
 
-@contextlib.contextmanager
-def serving(llm: ScriptedLLM, **settings: Any) -> Iterator[str]:
+def written(script: Sequence[RequestOutput | Exception], encoder: EventEncoder) -> list[bytes]:
+    """The events of a stream, without a server: one item for each write."""
+
+    async def outputs() -> AsyncIterator[RequestOutput]:
+        for index, step in enumerate(script, start=1):
+            if isinstance(step, Exception):
+                raise step
+            yield played(step, "r", index)
+
+    async def collect() -> list[bytes]:
+        return [event async for event in stream_events(OpenStream(outputs()), encoder)]
+
+    return asyncio.run(collect())
+
+
+def serving(llm: ScriptedLLM, **settings: Any) -> AbstractContextManager[str]:
     """The address of a server that runs in a thread until the block ends."""
     app = build_app(llm, ServerConfig(**settings))  # type: ignore[arg-type]
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive(), "the server does not stop"
-
-
-def wait_until(condition: Any, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
+    return listening(app, log_config=None, access_log=False)
 
 
 QUEUE_FULL = CapacityError("the queue is full", retry_after=2.3)

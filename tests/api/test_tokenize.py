@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,29 +12,20 @@ from server.api import tokenize
 from server.api.tokenize import Detokenized, Tokens
 from server.errors import ClientError, UnavailableError
 from server.types import ChatInput, PromptInput, SamplingParams
-
-from .prompt_llm import BOS, EOS, FAKE, IMAGE, MAX_MODEL_LEN, PIECES, PromptLLM, encode, ids
-from .scripted_llm import QUEUE_FULL, serving
+from tests.api.prompt_llm import BOS, EOS, FAKE, IMAGE, MAX_MODEL_LEN, PIECES, PromptLLM, encode, ids
+from tests.api.scripted_llm import QUEUE_FULL
 
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/never-fetched.png", "detail": "low"}}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[PromptLLM, str]]:
-    llm = PromptLLM()
-    with serving(llm, inject_tools=True) as url:
-        yield llm, url
+def llm_type() -> type[PromptLLM]:
+    return PromptLLM
 
 
-@pytest.fixture
-def llm(server: tuple[PromptLLM, str]) -> PromptLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: PromptLLM, server: tuple[PromptLLM, str]) -> str:
-    return server[1]
+@pytest.fixture(scope="module")
+def settings() -> dict[str, Any]:
+    return {"inject_tools": True}
 
 
 def tokens(url: str, **body: Any) -> Any:
@@ -105,7 +95,7 @@ def test_what_the_chat_endpoint_would_read(url: str, llm: PromptLLM, body: dict[
     read, answered = llm.items
     assert isinstance(read, ChatInput)
     assert read.request_id != answered.request_id
-    assert msgspec.structs.replace(read, request_id=answered.request_id) == answered
+    assert msgspec.structs.replace(read, request_id=answered.request_id, origin=answered.origin) == answered
 
 
 def test_a_full_queue_does_not_matter(url: str, llm: PromptLLM) -> None:

@@ -19,11 +19,12 @@ from server.api.chat.details import DetailedChunkEncoder
 from server.api.chat.protocol import ChatCompletion, ChatCompletionRequest, parse_chat_request
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
+from server.api.origin import request_origin
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, chat_examples, error_answers, request_body
 from server.api.streaming import EventEncoder, EventStreamResponse, OpenStream
 from server.api.tools import ToolPlan, prepare_with_tools
-from server.types import ChatInput, ImageInput, Turn
+from server.types import ANYBODY, ChatInput, ImageInput, RequestOrigin, Turn
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -41,8 +42,9 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
     )
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation, with pictures in the user's messages; with `stream`, as server-sent events."""
+        origin = request_origin(request, timeout=config.request_timeout)
         require_json(request)
-        llm.check_capacity()
+        llm.check_capacity(origin)
         body = parse_chat_request(await read_json_object(request))
         answer = Answer(
             id=body.answer_id("chatcmpl"),
@@ -53,7 +55,13 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             logprobs=body.logprobs,
             token_ids=body.return_token_ids,
         )
-        chat = to_chat_input(body, request_id=answer.id, vocab_size=llm.vocab_size, inject_tools=config.inject_tools)
+        chat = to_chat_input(
+            body,
+            origin=origin,
+            request_id=answer.id,
+            vocab_size=llm.vocab_size,
+            inject_tools=config.inject_tools,
+        )
         tools = body.tool_plan(inject_tools=config.inject_tools)
         if not body.stream:
             work = _complete(llm, chat, tools, answer)
@@ -68,7 +76,12 @@ def chat_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
 
 
 def to_chat_input(
-    request: ChatCompletionRequest, *, request_id: str, vocab_size: int, inject_tools: bool = False
+    request: ChatCompletionRequest,
+    *,
+    request_id: str,
+    vocab_size: int,
+    inject_tools: bool = False,
+    origin: RequestOrigin = ANYBODY,
 ) -> ChatInput:
     """The request as the rest of the server knows it. With `inject_tools` the model is told of the tools.
 
@@ -93,6 +106,7 @@ def to_chat_input(
     return ChatInput(
         request_id=request_id,
         turns=turns,
+        origin=origin,
         sampling=sampling,
         n=request.n,
         add_generation_prompt=request.opens_turn,

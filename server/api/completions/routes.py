@@ -26,12 +26,13 @@ from server.api.completions.protocol import (
 from server.api.completions.streaming import CompletionEncoder
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
+from server.api.origin import request_origin
 from server.api.protocol import CompletionUsage
 from server.api.sampling import to_sampling_params
 from server.api.schemas import STREAM_CONTENT, error_answers, request_body
 from server.api.streaming import EventStreamResponse, OpenStream
 from server.errors import RequestFailedError
-from server.types import EngineRequest, Logprob, PromptInput, RequestOutput
+from server.types import EngineRequest, Logprob, PromptInput, RequestOrigin, RequestOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -53,8 +54,9 @@ def completions_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
     )
     async def create_completion(request: Request) -> Response:
         """Continue texts, without roles or pictures; with `stream`, as server-sent events."""
+        origin = request_origin(request, timeout=config.request_timeout)
         require_json(request)
-        llm.check_capacity()
+        llm.check_capacity(origin)
         body = parse_completion_request(await read_json_object(request))
         head: dict[str, Any] = {
             "id": body.answer_id("cmpl"),
@@ -63,7 +65,7 @@ def completions_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
             "model": check_model(body.model or llm.model_names[0], llm.model_names),
             "system_fingerprint": llm.system_fingerprint,
         }
-        inputs = to_prompt_inputs(body, request_id=head["id"], llm=llm)
+        inputs = to_prompt_inputs(body, origin=origin, request_id=head["id"], llm=llm)
         if not body.stream:
             completion = await unless_disconnected(request.receive, _complete(llm, body, inputs, head))
             return Response(completion.model_dump_json(), media_type="application/json")
@@ -78,7 +80,9 @@ def completions_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
     return router
 
 
-def to_prompt_inputs(request: CompletionRequest, *, request_id: str, llm: AsyncLLM) -> list[PromptInput]:
+def to_prompt_inputs(
+    request: CompletionRequest, *, origin: RequestOrigin, request_id: str, llm: AsyncLLM
+) -> list[PromptInput]:
     """The request as the rest of the server knows it. Raises ClientError for token ids that do not exist."""
     sampling = to_sampling_params(
         request,
@@ -99,6 +103,7 @@ def to_prompt_inputs(request: CompletionRequest, *, request_id: str, llm: AsyncL
                 request_id=request_id,
                 prompt=prompt,
                 sampling=sampling,
+                origin=origin,
                 n=request.n,
                 add_special_tokens=request.add_special_tokens is not False,
                 truncation=request.truncation,

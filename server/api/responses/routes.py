@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from server.api.body import read_json_object, require_json
 from server.api.disconnect import close, unless_disconnected
 from server.api.models import check_model
+from server.api.origin import request_origin
 from server.api.responses.answer import Answer, Collector, ResponseObject
 from server.api.responses.protocol import ResponsesRequest, parse_responses_request
 from server.api.responses.schemas import responses_examples
@@ -23,7 +24,7 @@ from server.api.schemas import STREAM_CONTENT, error_answers, request_body
 from server.api.streaming import EventStreamResponse, OpenStream, encode
 from server.api.tools import ToolPlan, prepare_with_tools
 from server.errors import NotFoundError, RequestFailedError
-from server.types import ChatInput
+from server.types import ChatInput, RequestOrigin
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -41,12 +42,20 @@ def responses_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
     )
     async def create_response(request: Request) -> Response:
         """Answer an input of texts and pictures; with `stream`, as server-sent events."""
+        origin = request_origin(request, timeout=config.request_timeout)
         require_json(request)
-        llm.check_capacity()
+        llm.check_capacity(origin)
         body = parse_responses_request(await read_json_object(request))
         answer = Answer(request=body, model=check_model(body.model or llm.model_names[0], llm.model_names))
         tools = plan_function_tools(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
-        chat = to_chat_input(body, tools, request_id=answer.id, vocab_size=llm.vocab_size, inject=config.inject_tools)
+        chat = to_chat_input(
+            body,
+            tools,
+            origin=origin,
+            request_id=answer.id,
+            vocab_size=llm.vocab_size,
+            inject=config.inject_tools,
+        )
         # A model that was not told of tools calls none, and what is constrained otherwise has no room for calls.
         if tools is not None and tools.mode == "auto" and (not config.inject_tools or chat.sampling.grammar):
             tools = None
@@ -69,7 +78,13 @@ def responses_router(llm: AsyncLLM, config: ServerConfig) -> APIRouter:
 
 
 def to_chat_input(
-    request: ResponsesRequest, tools: ToolPlan | None, *, request_id: str, vocab_size: int, inject: bool
+    request: ResponsesRequest,
+    tools: ToolPlan | None,
+    *,
+    origin: RequestOrigin,
+    request_id: str,
+    vocab_size: int,
+    inject: bool,
 ) -> ChatInput:
     """The request as the rest of the server knows it. `inject`: the model is told of the tools.
 
@@ -94,6 +109,7 @@ def to_chat_input(
     return ChatInput(
         request_id=request_id,
         turns=turns,
+        origin=origin,
         sampling=sampling,
         truncation=request.truncation,
         priority=request.priority,

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -16,48 +15,13 @@ import pytest
 from PIL import Image
 
 from server.api.schemas import EXAMPLE_IMAGE, chat_examples
-from server.errors import ClientError, EngineDeadError, RequestFailedError, UnavailableError
-from server.types import FinishReason, ImageInput, Logprob, TextPart
-
-from .scripted_llm import QUEUE_FULL, TWO_CATS, ScriptedLLM, say, serving
+from server.errors import CapacityError, ClientError, EngineDeadError, RequestFailedError, UnavailableError
+from server.types import FinishReason, RequestOrigin, ImageInput, Logprob, TextPart
+from tests.api.chat.client import HELLO, PICTURE, ask, post
+from tests.api.scripted_llm import QUEUE_FULL, TWO_CATS, ScriptedLLM, say
+from tests.api.wire import CHAT, usage
 
 STOP = FinishReason.STOP
-
-HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
-PICTURE: list[Any] = [
-    {
-        "role": "user",
-        "content": [
-            {"type": "text", "text": "What is this?"},
-            {"type": "image_url", "image_url": {"url": EXAMPLE_IMAGE, "detail": "low"}},
-        ],
-    }
-]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[ScriptedLLM, str]]:
-    """One server for the module, because starting and stopping one takes longer than any test here."""
-    llm = ScriptedLLM()
-    with serving(llm) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
-    return server[1]
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
-        yield made
 
 
 def test_sdk_plain(llm: ScriptedLLM, client: openai.OpenAI) -> None:
@@ -82,7 +46,7 @@ def test_sdk_plain(llm: ScriptedLLM, client: openai.OpenAI) -> None:
 
 
 def test_plain_body(url: str) -> None:
-    body = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "service_tier": "auto"}).json()
+    body = ask(url, service_tier="auto")
     assert body.pop("id").startswith("chatcmpl-")
     assert isinstance(body.pop("created"), int)
     assert body == {
@@ -97,30 +61,19 @@ def test_plain_body(url: str) -> None:
                 "stop_reason": None,
             }
         ],
-        "usage": {
-            "prompt_tokens": 85,
-            "completion_tokens": 3,
-            "total_tokens": 88,
-            "prompt_tokens_details": {"cached_tokens": 16, "image_tokens": 64, "text_tokens": 21, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-                "audio_tokens": 0,
-            },
-        },
+        "usage": usage(85, 3, cached_tokens=16, image_tokens=64),
         "system_fingerprint": "fp_test",
         "service_tier": "default",
     }
 
 
 def test_no_service_tier_unless_asked(url: str) -> None:
-    assert "service_tier" not in httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO}).json()
+    assert "service_tier" not in ask(url)
 
 
 def test_an_empty_answer_is_a_string(llm: ScriptedLLM, url: str) -> None:
     llm.script = [say("", FinishReason.STOP, stop_reason="\n")]
-    choice = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO}).json()["choices"][0]
+    choice = ask(url)["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("", "stop", "\n")
 
 
@@ -197,7 +150,7 @@ def test_errors_before_the_answer(
         llm.prepare_script = [error]
     else:
         llm.script = [error]
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": stream})
+    answer = post(url, stream=stream)
     assert answer.status_code == status
     given = answer.json()["error"]
     assert (given["type"], given["code"]) == (kind, code)
@@ -211,17 +164,15 @@ def test_errors_before_the_answer(
 
 def test_a_full_server_does_no_work(llm: ScriptedLLM, url: str) -> None:
     llm.capacity_error = QUEUE_FULL
-    assert httpx.post(f"{url}/v1/chat/completions", json={"bad": 1}).status_code == 429
+    assert httpx.post(url + CHAT, json={"bad": 1}).status_code == 429
     assert llm.chats == []
 
 
 def test_sdk_retries_a_full_queue(llm: ScriptedLLM, url: str) -> None:
-    from server.errors import CapacityError
-
     full = CapacityError("full", retry_after=1)
     calls = []
 
-    def check_capacity() -> None:
+    def check_capacity(origin: RequestOrigin) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise full
@@ -236,7 +187,7 @@ def test_sdk_retries_a_full_queue(llm: ScriptedLLM, url: str) -> None:
 @pytest.mark.parametrize("script", [[], [say("x")], [say("x", FinishReason.ABORT)]])
 def test_an_answer_without_an_end_is_an_error(llm: ScriptedLLM, url: str, *, stream: bool, script: Any) -> None:
     llm.script = script
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": stream})
+    answer = post(url, stream=stream)
     if stream and script:
         assert '"code":"internal_error"' in answer.text
     else:
@@ -246,16 +197,16 @@ def test_an_answer_without_an_end_is_an_error(llm: ScriptedLLM, url: str, *, str
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "code"),
+    ("fields", "param", "code"),
     [
-        ({"messages": HELLO, "temperature": 3}, "temperature", "decimal_above_max_value"),
+        ({"temperature": 3}, "temperature", "decimal_above_max_value"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "empty_array"),
-        ({"messages": HELLO, "n": 17}, "n", "integer_above_max_value"),
-        ({"messages": HELLO, "guided_json": []}, "guided_json", "invalid_type"),
+        ({"n": 17}, "n", "integer_above_max_value"),
+        ({"guided_json": []}, "guided_json", "invalid_type"),
     ],
 )
-def test_an_invalid_stream_is_an_http_error(llm: ScriptedLLM, url: str, body: Any, param: str, code: str) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": True})
+def test_an_invalid_stream_is_an_http_error(llm: ScriptedLLM, url: str, fields: Any, param: str, code: str) -> None:
+    answer = post(url, stream=True, **fields)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
@@ -272,8 +223,7 @@ def test_unknown_model(client: openai.OpenAI) -> None:
 
 def test_the_alias_is_echoed(url: str) -> None:
     for sent, answered in [("HuggingFaceM4/idefics2-8b",) * 2, ("", "idefics2-8b"), (None, "idefics2-8b")]:
-        answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "model": sent})
-        assert answer.json()["model"] == answered
+        assert ask(url, model=sent)["model"] == answered
 
 
 @pytest.mark.parametrize(
@@ -284,7 +234,7 @@ def test_the_alias_is_echoed(url: str) -> None:
     ],
 )
 def test_not_json(url: str, body: bytes) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(url + CHAT, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"
     assert len(answer.content) < 400
@@ -292,7 +242,7 @@ def test_not_json(url: str, body: bytes) -> None:
 
 def test_a_number_beyond_floats(url: str) -> None:
     body = json.dumps({"messages": HELLO})[:-1] + ', "temperature": 1e400}'
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(url + CHAT, content=body, headers={"content-type": "application/json"})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "temperature", "invalid_type")
 
@@ -312,7 +262,7 @@ def test_a_number_beyond_floats(url: str) -> None:
 )
 def test_content_type(url: str, content_type: str | None, status: int) -> None:
     headers = {} if content_type is None else {"content-type": content_type}
-    answer = httpx.post(f"{url}/v1/chat/completions", content=json.dumps({"messages": HELLO}), headers=headers)
+    answer = httpx.post(url + CHAT, content=json.dumps({"messages": HELLO}), headers=headers)
     assert answer.status_code == status
     if status == 415:
         assert answer.json()["error"]["code"] == "unsupported_media_type"
@@ -321,7 +271,7 @@ def test_content_type(url: str, content_type: str | None, status: int) -> None:
 def chat_page(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole OpenAPI page, and of it what is said of this endpoint."""
     page = httpx.get(f"{url}/openapi.json").json()
-    return page, page["paths"]["/v1/chat/completions"]["post"]
+    return page, page["paths"][CHAT]["post"]
 
 
 def test_the_documented_examples_work(llm: ScriptedLLM, url: str) -> None:
@@ -336,7 +286,7 @@ def test_the_documented_examples_work(llm: ScriptedLLM, url: str) -> None:
     for name, body in examples.items():
         llm.script = [say("{}", STOP, index=index) for index in range(body.get("n", 1))]
         jsonschema.validate(body, content["schema"])
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        answer = httpx.post(url + CHAT, json=body)
         assert answer.status_code == 200, (name, answer.text)
         assert ("text/event-stream" in answer.headers["content-type"]) == (name == "streaming")
     pictures = [[p for p in chat.turns[0].parts if isinstance(p, ImageInput)] for chat in llm.chats]
@@ -353,7 +303,7 @@ def test_the_page_says_what_errors_there_are(url: str) -> None:
         if status != "200":
             assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
     assert set(endpoint["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
-    error = httpx.post(f"{url}/v1/chat/completions", json={"messages": []}).json()
+    error = post(url, messages=[]).json()
     jsonschema.validate(error, {"$ref": "#/components/schemas/ErrorAnswer", **page})
 
 
@@ -385,7 +335,7 @@ def test_answers_keep_to_their_schema(llm: ScriptedLLM, url: str, fields: Any, s
         if component.get("type") == "object":
             component["additionalProperties"] = False
     llm.script = script
-    body = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, **fields}).json()
+    body = ask(url, **fields)
     jsonschema.validate(body, {**schema, **page})
 
 
