@@ -34,6 +34,7 @@ class Request:
     order                arrival number: ties between equal priorities go to the smaller one
     group                id of the request whose prompt this is: the same for all its answers
     num_prompt_logprobs  how many of the prompt's log-probabilities have been handed out
+    num_deferrals        how often it had no memory since its last token
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Request:
         "group",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_deferrals",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_published_blocks",
@@ -65,6 +67,7 @@ class Request:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0
+        self.num_deferrals = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_published_blocks = 0
@@ -76,6 +79,11 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.source.request_id
+
+    @property
+    def key(self) -> str:
+        """Whose request it is."""
+        return self.source.origin.key
 
     @property
     def num_tokens(self) -> int:

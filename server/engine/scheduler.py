@@ -8,6 +8,7 @@ Knows nothing of tensors, text or time beyond the clock it is given.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
@@ -19,9 +20,11 @@ from server.engine.kv_cache_manager import KVCacheManager
 from server.engine.limits import SchedulerLimits
 from server.engine.queue import WaitingQueue
 from server.engine.request import Request, RequestStatus, split_choices
-from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput, TileToEncode
+from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from server.engine.step_plan import StepPlan
 from server.types import EngineOutput, EngineRequest, FinishReason, StepStats, TokenLogprobs
+
+MAX_TRIES = 3  # to compute a request's next token while memory lacks
 
 
 class Scheduler:
@@ -126,12 +129,17 @@ class Scheduler:
         # A decode needs one token; serving those first keeps streams flowing while prompts are computed in chunks.
         decodes = [request for request in self._running if request.num_uncomputed_tokens == 1]
         prefills = [request for request in self._running if request.num_uncomputed_tokens > 1]
-        for request in decodes + prefills:
-            if request.status is RequestStatus.RUNNING:  # else: preempted a moment ago, for one before it
-                self._advance(step, request)
+        self._advance_all(step, decodes)
+        self._seat_newcomer(step)
+        self._advance_all(step, sorted(prefills, key=lambda request: self._waiting.served(request.key)))
         if not step.has_preempted:
             self._admit(step)
         return step.build(self.take_finished())
+
+    def _advance_all(self, step: StepPlan, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.status is RequestStatus.RUNNING:  # else: preempted a moment ago, for one before it
+                self._advance(step, request)
 
     def _advance(self, step: StepPlan, request: Request) -> None:
         """Plan a running request's next chunk, preempting those of lower rank for blocks if need be."""
@@ -148,25 +156,57 @@ class Scheduler:
 
     def _admit(self, step: StepPlan) -> None:
         """Start waiting requests, in order, while they fit. The first that does not fit ends the step's intake."""
-        while len(self._running) < self.limits.max_num_seqs and step.tokens_left > 0:
-            request = self._waiting.peek()
-            if request is None:
-                return
+        while (request := self._waiting.peek()) is not None:
             prefix = self.kv.find_prefix(request)
-            start = len(prefix) * self.limits.block_size
-            num_tokens = min(request.num_tokens - start, step.tokens_left)
-            num_tokens = step.reachable(request, start, num_tokens)
-            if num_tokens == 0 or not self.kv.can_admit(request, prefix, spare=len(self._running)):
+            if not self._has_place(request, prefix) or not self._start_next(step, request, prefix):
                 return
-            self._waiting.pop()
-            self.kv.start(request, prefix)
-            added = self.kv.extend(request, num_tokens)
-            if added is None:
-                raise RuntimeError("blocks vanished between can_admit and extend")
-            request.status = RequestStatus.RUNNING
-            self._running.append(request)
-            self._note_start(step, request, start)
-            step.add(request, num_tokens, prefix + added, resumed=True)
+
+    def _seat_newcomer(self, step: StepPlan) -> None:
+        """Start the next request if its key has none running, if need be in the place of the key that has most.
+
+        Otherwise one key's long answers could hold every place, however fair the turns of those that wait.
+        """
+        request = self._waiting.peek()
+        if request is None or step.has_preempted or any(running.key == request.key for running in self._running):
+            return
+        prefix = self.kv.find_prefix(request)
+        while not self._has_place(request, prefix):
+            victim = self._greediest()
+            if victim is None:
+                return
+            self._preempt(step, victim)
+            prefix = self.kv.find_prefix(request)  # what the victim gave back may have been part of it
+        self._start_next(step, request, prefix)
+
+    def _greediest(self) -> Request | None:
+        """The request of lowest rank of the key that runs most; None if no key runs two."""
+        keys = Counter(request.key for request in self._running)
+        key, count = max(keys.items(), key=lambda item: item[1], default=("", 0))
+        if count < 2:
+            return None
+        return max((request for request in self._running if request.key == key), key=lambda request: request.rank)
+
+    def _has_place(self, request: Request, prefix: list[int]) -> bool:
+        """Whether the batch has a place and the pool has the blocks."""
+        has_place = len(self._running) < self.limits.max_num_seqs
+        return has_place and self.kv.can_admit(request, prefix, spare=len(self._running))
+
+    def _start_next(self, step: StepPlan, request: Request, prefix: list[int]) -> bool:
+        """Start the request that `peek` shows, for which there is a place; False if the step has no budget for it."""
+        start = len(prefix) * self.limits.block_size
+        num_tokens = step.reachable(request, start, min(request.num_tokens - start, step.tokens_left))
+        if num_tokens == 0:
+            return False
+        self._waiting.pop()
+        self.kv.start(request, prefix)
+        added = self.kv.extend(request, num_tokens)
+        if added is None:
+            raise RuntimeError("blocks vanished between can_admit and extend")
+        request.status = RequestStatus.RUNNING
+        self._running.append(request)
+        self._note_start(step, request, start)
+        step.add(request, num_tokens, prefix + added, resumed=True)
+        return True
 
     def _note_start(self, step: StepPlan, request: Request, num_cached: int) -> None:
         if request.first_scheduled_time is None:
@@ -179,20 +219,24 @@ class Scheduler:
             self._known_to_runner.add(request.request_id)
 
     def _preempt(self, step: StepPlan, victim: Request) -> None:
-        """Send a running request back to the queue; its tokens are recomputed, mostly from cached blocks."""
+        """Send a running request back to the queue, for the blocks that it holds."""
         step.withdraw(victim)
-        self._release(victim)
-        victim.num_computed_tokens = 0
-        victim.num_preemptions += 1
-        victim.status = RequestStatus.WAITING
-        self._running.remove(victim)
-        self._waiting.push(victim)
+        self._send_back(victim)
+
+    def _send_back(self, request: Request) -> None:
+        """Let a running request wait again; its tokens are recomputed, mostly from cached blocks."""
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.WAITING
+        self._running.remove(request)
+        self._waiting.push(request)
         self._counts.num_preemptions += 1
 
     # -- what came of it -----------------------------------------------------------------------------------------
 
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
-        """Take a step's results: advance, end or fail each planned request, and publish full blocks."""
+        """Take a step's results: advance, end, defer or fail each planned request, and publish full blocks."""
         outputs = []
         self._counts.num_encoded_tiles += len(step.tiles)
         for item in step.scheduled:
@@ -203,18 +247,30 @@ class Scheduler:
                 self._fail(request)
                 outputs.append(self._output(request, [], error=result.failed[item.request_id]))
                 continue
-            output = self._advance_computed(request, item, result)
+            if item.request_id in result.deferred:
+                output = self._defer(request)
+            else:
+                output = self._advance_computed(request, item, result)
             if output is not None:
                 outputs.append(output)
-        self._discard_tiles(tile for tile in step.tiles if tile.slot in result.failed_slots)
+        for tile in step.tiles:
+            if tile.slot in result.failed_slots:  # nobody needs it any more, not even one preempted within the step
+                self.encoder.discard(tile.key)
         return outputs
 
-    def _discard_tiles(self, tiles: Iterable[TileToEncode]) -> None:
-        """Forget tiles that were not encoded. A request that was preempted within the step is still here."""
-        for tile in tiles:
-            request = self._requests.get(tile.request_id)
-            if request is not None:
-                self.encoder.discard(request.source.tiles[tile.index].key)
+    def _defer(self, request: Request) -> EngineOutput | None:
+        """Let a request that had no memory wait for its next try, or end it when it has had enough of them."""
+        request.num_deferrals += 1
+        if request.num_deferrals < MAX_TRIES:
+            self._send_back(request)
+            return None
+        self._finish(request, FinishReason.ERROR)
+        return self._output(
+            request,
+            [],
+            error=f"the server had too little memory for this request in {MAX_TRIES} tries",
+            error_code="out_of_memory",
+        )
 
     def _advance_computed(
         self, request: Request, item: ScheduledRequest, result: ModelRunnerOutput
@@ -233,7 +289,9 @@ class Scheduler:
         if token is None:
             return self._output(request, [], prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         request.append(token, is_complete=item.request_id in result.complete)
+        request.num_deferrals = 0
         self._counts.num_generated_tokens += 1
+        self._waiting.charge(request.key, 1)
         if request.num_output_tokens == 1:
             self._release_held(_prompt_computed(request.request_id))
         if request.finish_reason is not None:
@@ -259,6 +317,7 @@ class Scheduler:
         token_ids: list[int],
         *,
         error: str | None = None,
+        error_code: str | None = None,
         logprobs: Sequence[TokenLogprobs] = (),
         prompt_logprobs: Sequence[TokenLogprobs] = (),
     ) -> EngineOutput:
@@ -274,6 +333,7 @@ class Scheduler:
             logprobs=list(logprobs),
             prompt_logprobs=list(prompt_logprobs),
             error=error,
+            error_code=error_code,
         )
 
     def fail_step(self, step: SchedulerOutput, message: str) -> list[EngineOutput]:
