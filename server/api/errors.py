@@ -21,6 +21,7 @@ from server.errors import (
     AuthenticationError,
     CapacityError,
     ClientError,
+    DeadlineError,
     MethodNotAllowedError,
     NotFoundError,
     ServerError,
@@ -88,6 +89,9 @@ def error_response(error: ServerError, *, headers: Mapping[str, str] | None = No
         # Zero would make clients fall back to their own, shorter, guess.
         seconds = 1.0 if error.retry_after is None else error.retry_after
         extra["retry-after"] = str(min(max(math.ceil(seconds), 1), MAX_RETRY_AFTER))
+    if isinstance(error, DeadlineError):
+        # OpenAI's SDK takes a 408 for a reason to ask again; what took too long once would do so again.
+        extra["x-should-retry"] = "false"
     if isinstance(error, AuthenticationError):
         extra["www-authenticate"] = "Bearer"
     return JSONResponse(error_object(error), status_code=error.status, headers=extra)
