@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from tests.conformance import sabotage
 from tests.serving import Server, running_server
 
 CHAT = "/v1/chat/completions"
@@ -58,6 +59,13 @@ class Workbench:
     @contextmanager
     def server(self, *args: str, name: str = "server", **environment: str) -> Iterator[Server]:
         with running_server(self.checkpoint, self.folder / f"{name}.log", *SMALL, *args, **environment) as server:
+            yield server
+
+    @contextmanager
+    def sabotaged_server(self, *args: str) -> Iterator[Server]:
+        """One that may fetch pictures from an address of this machine; all else is as it is."""
+        log = self.folder / "sabotaged.log"
+        with running_server(self.checkpoint, log, *SMALL, *args, module=sabotage.__name__) as server:
             yield server
 
 
