@@ -12,26 +12,28 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 120.0
+SMALL = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "8", "--kv-cache-memory-gb", "0.1")
 
 
 @dataclass
 class Server:
-    """A running server. `log` is what it has printed so far, in a file."""
+    """A running server. `log` is what it has printed so far, in a file; `headers` go with questions for metrics."""
 
     process: subprocess.Popen[bytes]
     base_url: str
     log: Path
+    headers: dict[str, str] = field(default_factory=dict)
 
     def metric(self, name: str, labels: str = "") -> float:
         """Sum of a metric's samples whose labels contain `labels`."""
-        text = httpx.get(f"{self.base_url}/metrics").text
+        text = httpx.get(f"{self.base_url}/metrics", headers=self.headers).text
         samples = re.findall(rf"^idefics2:{name}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
         assert samples, f"no metric {name}"
         return sum(float(value) for found, value in samples if labels in found)
@@ -56,8 +58,8 @@ def free_port() -> int:
         return port
 
 
-def command(*args: str) -> list[str]:
-    return [os.environ.get("SERVER_PYTHON", sys.executable), "-m", "server", *args]
+def command(*args: str, module: str = "server") -> list[str]:
+    return [os.environ.get("SERVER_PYTHON", sys.executable), "-m", module, *args]
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
@@ -66,12 +68,12 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(folder: Path, log: Path, *args: str, **environment: str) -> Iterator[Server]:
+def running_server(folder: Path, log: Path, *args: str, module: str = "server", **environment: str) -> Iterator[Server]:
     """Start `serve FOLDER ARGS` and wait until it is ready; end it by its own process id."""
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command("serve", str(folder), "--port", str(port), *args),
+            command("serve", str(folder), "--port", str(port), *args, module=module),
             cwd=ROOT,
             env=clean_environment(**environment),
             stdout=output,
@@ -85,6 +87,17 @@ def running_server(folder: Path, log: Path, *args: str, **environment: str) -> I
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+@contextmanager
+def checked_server(folder: Path, log: Path, *args: str) -> Iterator[Server]:
+    """In the end nothing may be left running, cached blocks aside, and nothing broken."""
+    with running_server(folder, log, *args) as server:
+        yield server
+        server.wait_until_idle()
+        assert server.metric("kv_cache_usage_perc") == 0
+        assert server.stop() == 0
+    assert "Traceback" not in log.read_text()
 
 
 def _wait_until_ready(server: Server) -> None:

@@ -26,8 +26,7 @@ from server.types import (
     TextPart,
     TokenLogprobs,
 )
-
-from .scripted_llm import Hang, ScriptedLLM
+from tests.api.scripted_llm import Hang, ScriptedLLM
 
 WORDS = ["▁", "▁Two", "▁cats", "▁and", "▁a", "▁dog", "▁purr", "Two", "cats", ".", "s", "a", "▁The", "\n"]
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS, "<fake>", "<image>"]
@@ -98,7 +97,6 @@ class PromptLLM(ScriptedLLM):
     vocab_size: int = len(PIECES)
     special_token_ids: frozenset[int] = SPECIAL
     image_token_ids: tuple[int, ...] = (FAKE, IMAGE)
-    num_in_flight: int = 0
 
     items: list[ChatInput | PromptInput] = field(default_factory=list)
     requests: list[EngineRequest] = field(default_factory=list)
@@ -124,12 +122,7 @@ class PromptLLM(ScriptedLLM):
 
     async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:  # type: ignore[override]
         self.items.append(item)
-        self.preparing.set()
-        try:
-            for step in self.prepare_script:
-                await self._wait(step)
-        finally:
-            self.prepare_ended.set()
+        await self._play_preparation()
         prompt = self._encode(item)
         cut = item.truncation
         if cut is not None and cut.max_tokens is not None:

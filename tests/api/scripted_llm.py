@@ -16,6 +16,7 @@ from server.api.app import build_app
 from server.api.streaming import EventEncoder, OpenStream, stream_events
 from server.config import ServerConfig
 from server.errors import CapacityError, ClientError, ServerError
+from server.keys import load_keys
 from server.observability.metrics import ServerMetrics
 from server.types import (
     ChatInput,
@@ -195,7 +196,8 @@ def written(script: Sequence[RequestOutput | Exception], encoder: EventEncoder) 
 
 def serving(llm: ScriptedLLM, **settings: Any) -> AbstractContextManager[str]:
     """The address of a server that runs in a thread until the block ends."""
-    app = build_app(llm, ServerConfig(**settings))  # type: ignore[arg-type]
+    config = ServerConfig(**settings)
+    app = build_app(llm, config, load_keys(config))  # type: ignore[arg-type]
     return listening(app, log_config=None, access_log=False)
 
 

@@ -7,54 +7,27 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message, Receive, Scope, Send
 
 from server.api.middleware import RequestMiddleware
 from server.errors import EngineDeadError, UnavailableError
 from server.types import StepStats
+from tests.api.chat.client import HELLO, post
+from tests.api.scripted_llm import ScriptedLLM
+from tests.api.wire import CHAT, begin
+from tests.listening import wait_until
 
-from .scripted_llm import ScriptedLLM, serving, wait_until
-
-HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[ScriptedLLM, str]]:
-    llm = ScriptedLLM()
-    with serving(llm, max_body_mb=0.25) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
-    return server[1]
-
-
-def samples(llm: ScriptedLLM) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    text = llm.metrics.render()[0].decode()
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def http_count(llm: ScriptedLLM, **labels: str) -> float:
-    return samples(llm).get(("idefics2:http_requests_total", frozenset(labels.items())), 0.0)
+def settings() -> dict[str, Any]:
+    return {"max_body_mb": 0.25}
 
 
 def is_error(answer: httpx.Response, status: int, code: str) -> bool:
@@ -122,12 +95,11 @@ def test_no_such_model(url: str, path: str) -> None:
     assert is_error(httpx.get(f"{url}/v1/models/{path}"), 404, "model_not_found")
 
 
-def test_sdk_models(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as client:
-        assert client.models.list().data[0].id == "idefics2-8b"
-        assert client.models.retrieve("HuggingFaceM4/idefics2-8b").object == "model"
-        with pytest.raises(openai.NotFoundError):
-            client.models.retrieve("gpt-4")
+def test_sdk_models(client: openai.OpenAI) -> None:
+    assert client.models.list().data[0].id == "idefics2-8b"
+    assert client.models.retrieve("HuggingFaceM4/idefics2-8b").object == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-4")
 
 
 @pytest.mark.parametrize(
@@ -181,15 +153,14 @@ def test_a_bad_id_is_replaced(url: str, given: bytes) -> None:
 def test_two_requests_may_choose_one_id(url: str, llm: ScriptedLLM) -> None:
     """It is for the client's own logs and stands in the answer's id; the engine's ids are the input processor's."""
     for _ in range(2):
-        answer = httpx.post(
-            f"{url}/v1/chat/completions", json={**HELLO, "request_id": "same"}, headers={"x-request-id": "other"}
-        )
+        body = {"messages": HELLO, "request_id": "same"}
+        answer = httpx.post(url + CHAT, json=body, headers={"x-request-id": "other"})
         assert (answer.status_code, answer.json()["id"]) == (200, "chatcmpl-same")
         assert answer.headers["x-request-id"] == "other"
 
 
 def test_openai_headers(url: str) -> None:
-    for answer in (httpx.get(f"{url}/health"), httpx.get(f"{url}/nothing"), httpx.post(f"{url}/v1/chat/completions")):
+    for answer in (httpx.get(f"{url}/health"), httpx.get(f"{url}/nothing"), httpx.post(url + CHAT)):
         assert answer.headers["openai-version"] == "2020-10-01"
         assert int(answer.headers["openai-processing-ms"]) >= 0
 
@@ -199,14 +170,14 @@ def test_openai_headers(url: str) -> None:
 
 def test_a_body_over_the_limit(url: str) -> None:
     body = b'{"x":"' + b"a" * (1 << 20) + b'"}'
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    answer = httpx.post(url + CHAT, content=body, headers=JSON)
     assert is_error(answer, 413, "request_too_large")
     assert "0.25 MiB" in answer.json()["error"]["message"]
 
 
 def test_a_body_over_the_limit_in_chunks(url: str) -> None:
     pieces = (b"a" * 65536 for _ in range(16))
-    answer = httpx.post(f"{url}/v1/chat/completions", content=pieces, headers={"content-type": "application/json"})
+    answer = httpx.post(url + CHAT, content=pieces, headers=JSON)
     assert is_error(answer, 413, "request_too_large")
 
 
@@ -214,18 +185,13 @@ def test_a_body_at_the_limit(url: str) -> None:
     text = "a" * ((1 << 18) - len(b'{"messages":[{"role":"user","content":""}]}'))
     for extra, status in [("", 200), ("a", 413)]:
         body = '{"messages":[{"role":"user","content":"%s"}]}' % (text + extra)
-        answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        answer = httpx.post(url + CHAT, content=body, headers=JSON)
         assert answer.status_code == status
 
 
 def test_a_declared_body_is_refused_before_it_is_sent(url: str) -> None:
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=2) as client:
-        started = time.monotonic()
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
-        )
+    started = time.monotonic()
+    with begin(url + CHAT, "Content-Length: 99999999999", "Expect: 100-continue", timeout=2) as client:
         answer = client.recv(65536)
         assert time.monotonic() - started < 1
     assert answer.startswith(b"HTTP/1.1 413 ")
@@ -233,20 +199,14 @@ def test_a_declared_body_is_refused_before_it_is_sent(url: str) -> None:
     assert b"100 Continue" not in answer
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: 8388608", b"Transfer-Encoding: chunked"])
-def test_a_client_that_sends_all_before_it_reads(url: str, framing: bytes) -> None:
+@pytest.mark.parametrize("framing", ["Content-Length: 8388608", "Transfer-Encoding: chunked"])
+def test_a_client_that_sends_all_before_it_reads(url: str, framing: str) -> None:
     """Closing on what it still sends would reset the connection and destroy its answer."""
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=5) as client:
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            + framing
-            + b"\r\n\r\n"
-        )
+    with begin(url + CHAT, framing) as client:
         piece = b"a" * (1 << 20)
         for _ in range(8):
-            client.sendall(piece if b"Length" in framing else b"100000\r\n" + piece + b"\r\n")
-        if b"chunked" in framing:
+            client.sendall(piece if "Length" in framing else b"100000\r\n" + piece + b"\r\n")
+        if "chunked" in framing:
             client.sendall(b"0\r\n\r\n")
         answer = b""
         while received := client.recv(65536):
@@ -272,7 +232,7 @@ def test_a_disconnect_after_the_answer_is_none() -> None:
 
     scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "headers": []}
     asyncio.run(RequestMiddleware(app, metrics=llm.metrics)(scope, receive, send))
-    assert http_count(llm, handler="other", method="GET", status="200") == 1
+    assert llm.http_count(handler="other", method="GET", status="200") == 1
 
 
 def send_for(client: socket.socket, data: bytes, *, seconds: float) -> None:
@@ -284,15 +244,12 @@ def send_for(client: socket.socket, data: bytes, *, seconds: float) -> None:
 
 def test_an_endless_body_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gets its answer, and then a little while to read it, but not for ever."""
-    monkeypatch.setattr("server.api.middleware.LINGER_SECONDS", 0.3)
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=2) as client:
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Transfer-Encoding: chunked\r\n\r\n"
-        )
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            send_for(client, b"4000\r\n" + b"a" * 0x4000 + b"\r\n", seconds=5)
+    monkeypatch.setattr("server.api.refusal.LINGER_SECONDS", 0.3)
+    with (
+        begin(url + CHAT, "Transfer-Encoding: chunked", timeout=2) as client,
+        pytest.raises((BrokenPipeError, ConnectionResetError)),
+    ):
+        send_for(client, b"4000\r\n" + b"a" * 0x4000 + b"\r\n", seconds=5)
 
 
 # -- what is logged and counted --------------------------------------------------------------------------------------
@@ -307,9 +264,9 @@ def test_every_answer_is_counted_by_route(url: str, llm: ScriptedLLM) -> None:
         ("POST", "/v1/chat/completions", {"handler": "/v1/chat/completions", "method": "POST", "status": "415"}),
     ]
     for method, path, labels in cases:
-        before = http_count(llm, **labels)
+        before = llm.http_count(**labels)
         httpx.request(method, url + path)
-        wait_until(lambda: http_count(llm, **labels) == before + 1)  # noqa: B023 - called at once
+        wait_until(lambda: llm.http_count(**labels) == before + 1)  # noqa: B023 - called at once
     assert "/some/path" not in llm.metrics.render()[0].decode()
 
 
@@ -318,7 +275,7 @@ def test_the_access_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
         httpx.get(f"{url}/health")
         httpx.get(f"{url}/metrics")
         httpx.get(f"{url}/v1/models/a%0Ab?token=secret")
-        httpx.post(f"{url}/v1/chat/completions", json=HELLO)
+        post(url)
         wait_until(lambda: len([record for record in caplog.records if record.name == "server.access"]) == 2)
     lines = [record.getMessage() for record in caplog.records if record.name == "server.access"]
     assert re.fullmatch(r"GET /v1/models/a%0Ab 404 \d+ms", lines[0])
@@ -329,7 +286,7 @@ def test_an_unexpected_error_is_logged_with_its_cause(
     url: str, llm: ScriptedLLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm.script = [ZeroDivisionError("what went wrong")]
-    answer = httpx.post(f"{url}/v1/chat/completions", json=HELLO)
+    answer = post(url)
     assert is_error(answer, 500, "internal_error")
     assert "wrong" not in answer.text
     record = next(record for record in caplog.records if record.exc_info)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import socket
 import subprocess
@@ -12,7 +11,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -23,8 +21,10 @@ from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import StreamOptions
 from server.api.streaming import EventStreamResponse, OpenStream
 from server.types import FinishReason, RequestOutput
-
-from .scripted_llm import Hang, ScriptedLLM, say, serving, wait_until
+from tests.api.chat.client import HELLO, post
+from tests.api.scripted_llm import Hang, ScriptedLLM, say, serving
+from tests.api.wire import CHAT, begin, read_until, send
+from tests.listening import wait_until
 
 SECONDS = 1.0
 
@@ -40,58 +40,24 @@ def url(llm: ScriptedLLM) -> Iterator[str]:
         yield address
 
 
-def connect(url: str, *, receive_buffer: int | None = None) -> socket.socket:
-    address = urlsplit(url)
-    made = socket.socket()
-    made.settimeout(5)
-    if receive_buffer is not None:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    made.connect((address.hostname, address.port))
-    return made
-
-
 def ask(url: str, *, stream: bool, receive_buffer: int | None = None) -> socket.socket:
-    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).encode()
-    made = connect(url, receive_buffer=receive_buffer)
-    made.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body) + body
-    )
-    return made
+    return send(url + CHAT, {"messages": HELLO, "stream": stream}, receive_buffer=receive_buffer)
 
 
-def read_until(made: socket.socket, wanted: bytes) -> None:
-    seen = b""
-    while wanted not in seen:
-        received = made.recv(65536)
-        assert received, f"closed after {seen[-200:]!r}"
-        seen += received
-
-
-def count(llm: ScriptedLLM, status: int) -> int:
+def count(llm: ScriptedLLM, status: int) -> float:
     """Answers of the chat endpoint so far, by status."""
-    label = f'handler="/v1/chat/completions",method="POST",status="{status}"'
-    lines = llm.metrics.render()[0].decode().splitlines()
-    return int(sum(float(line.rpartition(" ")[2]) for line in lines if f"http_requests_total{{{label}}}" in line))
+    return llm.http_count(handler=CHAT, method="POST", status=str(status))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_while_preparing(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
-    llm.prepare_script = [Hang()]
+@pytest.mark.parametrize(("script", "end"), [("prepare_script", "prepare_ended"), ("script", "closed")])
+def test_before_the_first_token(llm: ScriptedLLM, url: str, *, script: str, end: str, stream: bool) -> None:
+    setattr(llm, script, [Hang()])
+    ended: threading.Event = getattr(llm, end)
     with ask(url, stream=stream):
         assert llm.hanging.wait(5)
-        assert not llm.prepare_ended.is_set()
-    assert llm.prepare_ended.wait(SECONDS)
-    wait_until(lambda: count(llm, 499) == 1)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_before_the_first_token(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
-    llm.script = [Hang()]
-    with ask(url, stream=stream):
-        assert llm.hanging.wait(5)
-        assert not llm.closed.is_set()
-    assert llm.closed.wait(SECONDS)
+        assert not ended.is_set()
+    assert ended.wait(SECONDS)
     wait_until(lambda: count(llm, 499) == 1)
     assert count(llm, 200) == 0
 
@@ -144,11 +110,8 @@ def test_before_the_stream_has_begun() -> None:
 
 
 def test_while_the_body_is_sent(llm: ScriptedLLM, url: str) -> None:
-    with connect(url) as client:
-        client.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 1000\r\n\r\n{"
-        )
+    with begin(url + CHAT, "Content-Length: 1000") as client:
+        client.sendall(b"{")
         time.sleep(0.05)
     wait_until(lambda: count(llm, 499) == 1)
     assert llm.chats == []
@@ -178,8 +141,7 @@ def test_a_reader_that_does_not_read(llm: ScriptedLLM, url: str, monkeypatch: py
 def test_others_go_on(llm: ScriptedLLM, url: str) -> None:
     llm.script = [say("Two"), 0.3, say(" cats.", FinishReason.STOP)]
     answers = []
-    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
-    other = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/chat/completions", json=body).text))
+    other = threading.Thread(target=lambda: answers.append(post(url, stream=True).text))
     other.start()
     with ask(url, stream=True) as client:
         read_until(client, b'"Two"')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import metadata
 
 import httpx
@@ -10,31 +9,11 @@ import pytest
 
 from server.api import app as app_module
 from server.errors import UnavailableError
-
-from .prompt_llm import PromptLLM
-from .scripted_llm import serving
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[PromptLLM, str]]:
-    llm = PromptLLM()
-    with serving(llm) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[PromptLLM, str]) -> PromptLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: PromptLLM, server: tuple[PromptLLM, str]) -> str:
-    return server[1]
+from tests.api.scripted_llm import ScriptedLLM, serving
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
-def test_ping(url: str, llm: PromptLLM, method: str) -> None:
+def test_ping(url: str, llm: ScriptedLLM, method: str) -> None:
     answer = httpx.request(method, f"{url}/ping")
     assert answer.status_code == 200
     assert answer.content == (b"" if method == "HEAD" else b'{"status":"ok"}')
@@ -47,7 +26,7 @@ def test_ping(url: str, llm: PromptLLM, method: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/health/ready", "/health/live"])
-def test_headers_alone(url: str, llm: PromptLLM, path: str) -> None:
+def test_headers_alone(url: str, llm: ScriptedLLM, path: str) -> None:
     answer = httpx.head(url + path)
     assert (answer.status_code, answer.content) == (200, b"")
     llm.is_alive = False
@@ -55,7 +34,7 @@ def test_headers_alone(url: str, llm: PromptLLM, path: str) -> None:
     assert (answer.status_code, answer.content) == (503, b"")
 
 
-def test_a_server_that_drains_is_alive(url: str, llm: PromptLLM) -> None:
+def test_a_server_that_drains_is_alive(url: str, llm: ScriptedLLM) -> None:
     llm.is_ready = False
     assert [httpx.head(url + path).status_code for path in ("/health", "/health/ready", "/health/live")] == [
         *(503, 503, 200)
@@ -74,7 +53,7 @@ def test_which_version(monkeypatch: pytest.MonkeyPatch) -> None:
         return "7.8.9"
 
     monkeypatch.setattr(metadata, "version", installed)
-    with serving(PromptLLM()) as url:
+    with serving(ScriptedLLM()) as url:
         assert httpx.get(f"{url}/version").json() == {"version": "7.8.9"}
 
 
@@ -83,11 +62,11 @@ def test_a_version_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(app_module.metadata, "version", not_installed)
-    with serving(PromptLLM()) as url:
+    with serving(ScriptedLLM()) as url:
         assert httpx.get(f"{url}/version").json() == {"version": "0"}
 
 
-def test_load(url: str, llm: PromptLLM) -> None:
+def test_load(url: str, llm: ScriptedLLM) -> None:
     assert httpx.get(f"{url}/load").json() == {"server_load": 0}
     llm.num_in_flight = 7
     assert httpx.get(f"{url}/load").json() == {"server_load": 7}

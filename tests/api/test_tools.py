@@ -13,8 +13,8 @@ from server.api.chat.routes import to_chat_input
 from server.api.tools import MAX_PARALLEL_CALLS
 from server.errors import ClientError
 from server.types import ChatInput, GrammarSpec, TextPart
+from tests.api.chat.client import HELLO
 
-HELLO = [{"role": "user", "content": "Hi"}]
 ADD = {
     "type": "object",
     "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}},

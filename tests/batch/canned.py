@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.listening import listening
 
 
 def answer(name: str, tokens_in: int = 3, tokens_out: int = 2) -> Response:
@@ -49,10 +48,10 @@ Script = Callable[[str, int], Awaitable[Response]]
 
 @dataclass
 class CannedServer:
-    """What the server saw. `port` is 0 until it listens."""
+    """What the server saw. `url` is empty until it listens."""
 
     script: Script = echo
-    port: int = 0
+    url: str = ""
     asked: list[str] = field(default_factory=list)
     paths: set[str] = field(default_factory=set)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -60,10 +59,6 @@ class CannedServer:
     attempts: Counter[str] = field(default_factory=Counter)
     in_flight: int = 0
     peak: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     async def post(self, request: Request) -> Response:
         self.in_flight += 1
@@ -86,19 +81,8 @@ class CannedServer:
     @contextmanager
     def running(self) -> Iterator[CannedServer]:
         routes: list[Any] = [Route("/{path:path}", self.post, methods=["POST"]), Route("/v1/models", self.models)]
-        config = uvicorn.Config(
-            Starlette(routes=routes), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
-        )
-        server = uvicorn.Server(config)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.should_exit = True
-                thread.join()
+        with listening(Starlette(routes=routes), log_level="critical") as self.url:
+            yield self
 
 
 async def slowly(name: str, attempt: int) -> Response:

@@ -22,6 +22,10 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any] | str]) -> Path:
     return path
 
 
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def read_output(path: Path) -> list[dict[str, Any]]:
     """Every line, each of which has to be whole and of the right shape."""
     content = path.read_bytes()

@@ -10,11 +10,9 @@ import os
 import pty
 import re
 import signal
-import subprocess
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +24,10 @@ from server.batch.cli import NOT_THE_ENGINES
 from server.batch.targets import LISTENING
 from server.config import ENV_PREFIX, ServerConfig
 from tests.batch.canned import CannedServer, answer, cut, refusal, slowly
-from tests.batch.files import by_id, line, read_output, write_lines
-from tests.serving import ROOT, clean_environment, command, free_port
+from tests.batch.command import started
+from tests.batch.files import by_id, line, num_lines, read_output, write_lines
+from tests.listening import wait_until
+from tests.serving import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ def test_a_bar_for_a_terminal_only(files: tuple[Path, Path]) -> None:
             termios.tcsetwinsize(stderr, (24, 120))
             with (
                 open(terminal, "rb", buffering=0) as screen,
-                started(files, "--base-url", server.url, "--max-in-flight", "1", *flags, stderr=stderr) as process,
+                started(*files, "--base-url", server.url, "--max-in-flight", "1", *flags, stderr=stderr) as process,
             ):
                 os.close(stderr)
                 shown.append(read_screen(screen))
@@ -216,44 +216,14 @@ def read_screen(screen: IO[bytes]) -> str:
 # -- a run that is ended --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def started(files: tuple[Path, Path], *flags: str, stderr: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
-    source, output = files
-    process = subprocess.Popen(
-        command("run-batch", "-i", str(source), "-o", str(output), *flags),
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_for(condition: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def num_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_after_kill_9_the_same_command_goes_on(files: tuple[Path, Path]) -> None:
     names = [f"{number}" for number in range(200)]
     write_lines(files[0], map(line, names))
     with CannedServer(slowly).running() as server:
         flags = ("--base-url", server.url, "--max-in-flight", "8")
         for wanted in (30, 90):
-            with started(files, *flags) as process:
-                wait_for(lambda wanted=wanted: num_lines(files[1]) >= wanted)
+            with started(*files, *flags) as process:
+                wait_until(lambda wanted=wanted: num_lines(files[1]) >= wanted, 30)
                 process.kill()
                 assert process.wait(10) == -signal.SIGKILL
             done = num_lines(files[1])
@@ -278,9 +248,9 @@ def test_a_signal_lets_what_is_in_flight_end(files: tuple[Path, Path], signum: s
     write_lines(files[0], [*(line(f"{number}") for number in range(6)), *["nope"] * 100])
     with (
         CannedServer(script).running() as server,
-        started(files, "--base-url", server.url, "--max-in-flight", "3") as process,
+        started(*files, "--base-url", server.url, "--max-in-flight", "3") as process,
     ):
-        wait_for(lambda: len(server.asked) == 6)
+        wait_until(lambda: len(server.asked) == 6, 30)
         process.send_signal(signum)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -295,8 +265,8 @@ def test_a_line_that_waits_for_a_busy_server_is_not_in_the_way_of_a_signal(files
         return refusal(429, **{"retry-after": "100"})
 
     write_lines(files[0], [line(f"{number}") for number in range(9)])
-    with CannedServer(script).running() as server, started(files, "--base-url", server.url) as process:
-        wait_for(lambda: len(server.asked) == 9)
+    with CannedServer(script).running() as server, started(*files, "--base-url", server.url) as process:
+        wait_until(lambda: len(server.asked) == 9, 30)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "run-batch: interrupted; the same command goes on from here\n")
@@ -312,9 +282,9 @@ def test_what_is_in_flight_is_given_up_after_the_timeout_or_the_second_signal(fi
     with CannedServer(script).running() as server:
         for flags, signals in ((("--shutdown-timeout", "0.2"), 1), (("--shutdown-timeout", "100"), 2)):
             begun = len(server.asked)
-            with started(files, "--base-url", server.url, *flags) as process:
-                wait_for(lambda begun=begun: "long" in server.asked[begun:])
-                wait_for(lambda: num_lines(files[1]) == 1)
+            with started(*files, "--base-url", server.url, *flags) as process:
+                wait_until(lambda begun=begun: "long" in server.asked[begun:], 30)
+                wait_until(lambda: num_lines(files[1]) == 1, 30)
                 for _ in range(signals):
                     process.send_signal(signal.SIGINT)
                     time.sleep(0.1)

@@ -8,15 +8,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.batch.files import by_id, line, read_output, write_lines
+from tests.batch.command import started
+from tests.batch.files import by_id, line, num_lines, read_output, write_lines
 from tests.engines import noise_image, png
-from tests.serving import ROOT, Server, clean_environment, command, running_server
+from tests.serving import Server, running_server
 
 SMALL = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "4", "--kv-cache-memory-gb", "0.1")
 
@@ -48,32 +48,10 @@ GOOD = [
 LINES = [*BAD, *GOOD]
 
 
-@contextmanager
-def started(source: Path, output: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        command("run-batch", *flags, "-i", str(source), "-o", str(output)),
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
 def finish(source: Path, output: Path, *flags: str) -> tuple[int, str, str]:
     with started(source, output, *flags) as process:
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
-
-
-def num_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str], seconds: float = 120.0) -> None:

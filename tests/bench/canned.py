@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.listening import listening
 
 DONE = b"data: [DONE]\n\n"
 
@@ -55,10 +54,10 @@ def whole_answer(_: int) -> Answer:
 
 @dataclass
 class CannedServer:
-    """What the server saw. `port` is 0 until it listens."""
+    """What the server saw. `url` is empty until it listens."""
 
     script: Script = whole_answer
-    port: int = 0
+    url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
@@ -69,10 +68,6 @@ class CannedServer:
     models: list[str] = field(default_factory=lambda: ["canned"])
     refusals_before_ready: int = 0
     refusal_status: int = 503
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     @property
     def chat_url(self) -> str:
@@ -124,13 +119,5 @@ class CannedServer:
                 Route("/tokenize", self.tokenize, methods=["POST"]),
             ]
         )
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.should_exit = True
-                thread.join()
+        with listening(app, log_level="critical") as self.url:
+            yield self

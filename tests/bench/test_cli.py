@@ -98,6 +98,14 @@ def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> 
     assert server.headers[0]["authorization"] == "Bearer secret"
 
 
+def test_a_key_given_as_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with CannedServer().running() as server:
+        flags = ("--base-url", server.url, "--api-key", "other", "--num-requests", "1", "--warmup", "0")
+        assert bench(*flags) == 0
+    assert {headers.get("authorization") for headers in server.headers} == {"Bearer other"}
+
+
 def test_failed_warmups_end_the_run_with_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
     with CannedServer(script=lambda _: JSONResponse({"detail": "no"}, status_code=400)).running() as server:
         assert bench("--base-url", server.url, "--num-requests", "9", "--warmup", "2") == 1

@@ -17,7 +17,6 @@ import importlib
 import ipaddress
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.inputs.loopback import Handler, WebServer, web_server
-from tests.serving import ROOT, Server, _wait_until_ready, clean_environment, free_port
 
 if TYPE_CHECKING:
     from server.config import ServerConfig
@@ -117,29 +115,6 @@ def poisoned_copy(checkpoint: Path, out: Path) -> Path:
     weights[name][POISON] = torch.nan
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     return out
-
-
-@contextmanager
-def running_sabotage(folder: Path, log: Path, *args: str) -> Iterator[Server]:
-    """As `tests.serving.running_server`, started through this module."""
-    port = free_port()
-    arguments = ["serve", str(folder), "--port", str(port), *args]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.conformance.sabotage", *arguments],
-            cwd=ROOT,
-            env=clean_environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        _wait_until_ready(server)
-        yield server
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 @contextmanager

@@ -13,29 +13,14 @@ from server.errors import CapacityError, EngineDeadError, UnavailableError
 from server.observability.instruments import GRAMMAR_KINDS, IMAGE_ERRORS, REJECTION_REASONS
 from server.observability.metrics import FAMILY_NAMES, FINISH_REASONS, ServerMetrics
 from server.types import FinishReason, GrammarSpec, StepStats
+from tests.observability.events import BUSY_STEP, record_answer
 from tests.observability.scrape import families, values
 
 
 def test_a_step() -> None:
     metrics = ServerMetrics("m")
-    stats = StepStats(
-        num_running=2,
-        num_waiting=3,
-        num_blocks=8,
-        num_used_blocks=2,
-        num_prompt_tokens=40,
-        num_generated_tokens=5,
-        num_preemptions=1,
-        prefix_queries=100,
-        prefix_hits=60,
-        tile_queries=5,
-        tile_hits=4,
-        num_encoded_tiles=1,
-        step_seconds=0.02,
-        encode_seconds=0.01,
-    )
-    metrics.record_step(stats)
-    metrics.record_step(stats)
+    metrics.record_step(BUSY_STEP)
+    metrics.record_step(BUSY_STEP)
     metrics.record_step(StepStats(step_seconds=0.01))
     metrics.record_step(StepStats())  # no step: the engine says that it is idle
     found = values(metrics)
@@ -59,7 +44,7 @@ def test_a_step() -> None:
         "image_encode_seconds_sum": pytest.approx(0.02),
     }
     assert {name: found[name] for name in expected} == expected
-    metrics.record_step(stats, num_deferred=2)
+    metrics.record_step(BUSY_STEP, num_deferred=2)
     found = values(metrics)
     assert found["num_requests_running"] == 2
     assert found["num_requests_waiting_by_reason{reason=capacity}"] == 1
@@ -72,17 +57,7 @@ def test_a_request() -> None:
     metrics = ServerMetrics("m")
     metrics.record_first_token(0.3)
     metrics.record_gap(0.02)
-    metrics.record_finished(
-        "stop",
-        e2e_seconds=1.0,
-        prompt_tokens=85,
-        generation_tokens=8,
-        queue_seconds=0.1,
-        first_token_seconds=0.3,
-        decode_seconds=0.7,
-        cached_tokens=32,
-        num_preemptions=3,
-    )
+    record_answer(metrics, "stop", num_preemptions=3)
     metrics.record_finished("abort", e2e_seconds=0.5, prompt_tokens=10, generation_tokens=0)
     metrics.record_finished("length", e2e_seconds=0.5, prompt_tokens=10, generation_tokens=1, decode_seconds=0.0)
     metrics.record_request(n=3, max_tokens=16, longest_answer=8)

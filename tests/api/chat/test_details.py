@@ -8,88 +8,34 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from server.errors import ClientError, RequestFailedError
 from server.types import ChatInput, EngineRequest, FinishReason, Logprob, PromptInput, RequestOutput, TextPart
-
-from .scripted_llm import PROMPT_TOKENS, Hang, ScriptedLLM, say, serving
+from tests.api.chat.client import HELLO, ask, chunks, post
+from tests.api.scripted_llm import PROMPT_TOKENS, UNCOMPILABLE, Hang, ScriptedLLM, say
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
-HELLO: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
-class PickyLLM(ScriptedLLM):
-    """Refuses grammars that contain a word, as a compiler refuses a keyword."""
-
-    async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:
-        request = await super().prepare(item)
-        grammar = item.sampling.grammar
-        if grammar is not None and "unheard-of" in grammar.source:
-            raise ClientError("does not compile", param=grammar.param)
-        return request
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["quiet", "injecting"])
-def servers(request: pytest.FixtureRequest) -> Iterator[tuple[ScriptedLLM, str, bool]]:
-    llm = PickyLLM()
-    with serving(llm, inject_tools=request.param) as url:
-        yield llm, url, request.param
-
-
-@pytest.fixture
-def llm(servers: tuple[ScriptedLLM, str, bool]) -> ScriptedLLM:
-    servers[0].reset()
-    return servers[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, servers: tuple[ScriptedLLM, str, bool]) -> str:
-    return servers[1]
-
-
-@pytest.fixture
-def injects(servers: tuple[ScriptedLLM, str, bool]) -> bool:
-    return servers[2]
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
-        yield made
-
-
-def ask(url: str, **fields: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, **fields}, timeout=10)
-    assert answer.status_code == 200, answer.text
-    body: dict[str, Any] = answer.json()
-    return body
+@pytest.fixture(scope="module")
+def settings(injects: bool) -> dict[str, Any]:
+    return {"inject_tools": injects}
 
 
 def refused(url: str, **fields: Any) -> tuple[str | None, str | None]:
     """Also with `stream`: nothing is sent before the request is known to be good."""
     found = []
     for stream in (False, True):
-        body = {"messages": HELLO, "stream": stream, **fields}
-        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=10)
+        answer = post(url, stream=stream, **fields)
         assert answer.status_code == 400
         found.append((answer.json()["error"]["param"], answer.json()["error"]["code"]))
     assert found[0] == found[1]
     return found[0]
-
-
-def chunks(url: str, **fields: Any) -> list[dict[str, Any]]:
-    body = {"messages": HELLO, "stream": True, **fields}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=10)
-    assert answer.status_code == 200, answer.text
-    events = answer.text.removesuffix("\n\n").split("\n\n")
-    assert events.pop() == "data: [DONE]"
-    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def choices(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,15 +106,15 @@ def test_the_sdk_accumulates_choices(client: openai.OpenAI, llm: ScriptedLLM) ->
 @pytest.mark.parametrize("script", [INTERLEAVED[:-1], [*INTERLEAVED[:-1], say("", FinishReason.ABORT, index=1)]])
 def test_one_choice_without_an_end_is_an_error(url: str, llm: ScriptedLLM, script: Any) -> None:
     llm.script = script
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "n": 3})
+    answer = post(url, n=3)
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
-    streamed = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "n": 3, "stream": True})
+    streamed = post(url, n=3, stream=True)
     assert '"code":"internal_error"' in streamed.text
 
 
 def test_an_error_of_one_choice_ends_all(url: str, llm: ScriptedLLM) -> None:
     llm.script = [*INTERLEAVED[:3], RequestFailedError("the step failed")]
-    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "n": 3, "stream": True})
+    answer = post(url, n=3, stream=True)
     assert answer.text.count('"error":') == 1
     assert answer.text.endswith("data: [DONE]\n\n")
     assert llm.closed.wait(5)
@@ -242,7 +188,7 @@ def test_logprobs_of_choices(url: str, llm: ScriptedLLM) -> None:
 
 def test_an_event_with_logprobs_stays_in_one_line(url: str, llm: ScriptedLLM) -> None:
     llm.script = [say("\u2028", STOP, logprobs=[Logprob(7, "\u2028\x85", "\u2028".encode(), -1.0)])]
-    text = httpx.post(f"{url}/v1/chat/completions", json={"messages": HELLO, "stream": True, "logprobs": True}).text
+    text = post(url, stream=True, logprobs=True).text
     assert len([line for line in text.splitlines() if line]) == 3
 
 
@@ -476,9 +422,9 @@ def test_only_one_call(url: str, llm: ScriptedLLM, *, injects: bool) -> None:
 @pytest.mark.parametrize(
     ("tools", "choice", "param"),
     [
-        ([tool("f", x={"unheard-of": 1})], "required", "tools[0].function.parameters"),
-        ([tool("f"), tool("g", x={"unheard-of": 1})], "required", "tools[1].function.parameters"),
-        ([tool("g", x={"unheard-of": 1}), tool("f", x={"unheard-of": 1})], NAMED_F, "tools[1].function.parameters"),
+        ([tool("f", x={UNCOMPILABLE: 1})], "required", "tools[0].function.parameters"),
+        ([tool("f"), tool("g", x={UNCOMPILABLE: 1})], "required", "tools[1].function.parameters"),
+        ([tool("g", x={UNCOMPILABLE: 1}), tool("f", x={UNCOMPILABLE: 1})], NAMED_F, "tools[1].function.parameters"),
     ],
 )
 def test_parameters_that_do_not_compile(url: str, tools: Any, choice: Any, param: str) -> None:

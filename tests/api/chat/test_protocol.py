@@ -15,8 +15,8 @@ from server.api.errors import MAX_MESSAGE_CHARS
 from server.api.protocol import Body
 from server.errors import ClientError
 from server.types import ChatInput, ImageInput, SamplingParams, TextPart, Truncation, Turn
+from tests.api.chat.client import HELLO
 
-HELLO = [{"role": "user", "content": "Hi"}]
 VOCAB = 32003
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 

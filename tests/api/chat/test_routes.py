@@ -16,7 +16,7 @@ from PIL import Image
 
 from server.api.schemas import EXAMPLE_IMAGE, chat_examples
 from server.errors import CapacityError, ClientError, EngineDeadError, RequestFailedError, UnavailableError
-from server.types import FinishReason, RequestOrigin, ImageInput, Logprob, TextPart
+from server.types import FinishReason, ImageInput, Logprob, RequestOrigin, TextPart
 from tests.api.chat.client import HELLO, PICTURE, ask, post
 from tests.api.scripted_llm import QUEUE_FULL, TWO_CATS, ScriptedLLM, say
 from tests.api.wire import CHAT, usage

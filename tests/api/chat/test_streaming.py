@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import httpx
 import pytest
 
 from server.api.chat.chunks import ChunkEncoder
 from server.api.protocol import CompletionUsage, StreamOptions
-from server.api.streaming import OpenStream, stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, RequestOutput, Usage
+from tests.api import wire
+from tests.api.chat.client import post
+from tests.api.scripted_llm import TWO_CATS, ScriptedLLM, say, serving, written
 
-from .scripted_llm import TWO_CATS, ScriptedLLM, played, say, serving
-
-CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
-TEXT = {"prompt": "Hi"}
-INPUT = {"input": "Hi"}
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 5, "model": "m", "system_fingerprint": "fp"}
 START = 'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":5,"model":"m","system_fingerprint":"fp",'
 ROLE = '"choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-DETAILS = (
-    '"prompt_tokens_details":{"cached_tokens":16,"image_tokens":64,"text_tokens":21,"audio_tokens":0},'
-    '"completion_tokens_details":{"reasoning_tokens":0,"accepted_prediction_tokens":0,'
-    '"rejected_prediction_tokens":0,"audio_tokens":0}'
-)
 
 
 def content(text: str, finish: str = "null") -> str:
@@ -37,8 +26,7 @@ def content(text: str, finish: str = "null") -> str:
 
 
 def usage(completion_tokens: int) -> str:
-    total = 85 + completion_tokens
-    return f'"usage":{{"prompt_tokens":85,"completion_tokens":{completion_tokens},"total_tokens":{total},{DETAILS}}}'
+    return f'"usage":{wire.compact(wire.usage(85, completion_tokens, cached_tokens=16, image_tokens=64))}'
 
 
 def chunks(*bodies: str) -> str:
@@ -46,20 +34,7 @@ def chunks(*bodies: str) -> str:
 
 
 def stream(script: Sequence[RequestOutput | Exception], **options: bool) -> list[bytes]:
-    """The events of a stream, without a server: one item for each write."""
-
-    async def outputs() -> AsyncIterator[RequestOutput]:
-        for index, step in enumerate(script, start=1):
-            if isinstance(step, Exception):
-                raise step
-            yield played(step, "r", index)
-
-    async def collect() -> list[bytes]:
-        return [
-            event async for event in stream_events(OpenStream(outputs()), ChunkEncoder(HEAD, StreamOptions(**options)))
-        ]
-
-    return asyncio.run(collect())
+    return written(script, ChunkEncoder(HEAD, StreamOptions(**options)))
 
 
 def text_of(events: list[bytes]) -> str:
@@ -182,15 +157,14 @@ def test_one_write_for_one_output() -> None:
 # -- over a socket ---------------------------------------------------------------------------------------------------
 
 
-def post(url: str, **fields: Any) -> httpx.Response:
-    body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
-    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=10)
-
-
 def test_headers_and_framing() -> None:
     with serving(ScriptedLLM()) as url:
         answer = post(
-            url, stream_options={"include_usage": True}, model="HuggingFaceM4/idefics2-8b", service_tier="auto"
+            url,
+            stream=True,
+            stream_options={"include_usage": True},
+            model="HuggingFaceM4/idefics2-8b",
+            service_tier="auto",
         )
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -199,9 +173,7 @@ def test_headers_and_framing() -> None:
     assert answer.headers["x-request-id"].startswith("req_")
     assert "content-encoding" not in answer.headers
     assert "\r" not in answer.text
-    events = answer.text.removesuffix("\n\n").split("\n\n")
-    assert events.pop() == "data: [DONE]"
-    parsed = [json.loads(event.removeprefix("data: ")) for event in events]
+    parsed = [json.loads(event) for event in wire.data_events(answer.text)]
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in parsed}) == 1
     assert parsed[0]["id"].startswith("chatcmpl-")
     assert {(chunk["model"], chunk["service_tier"]) for chunk in parsed} == {("HuggingFaceM4/idefics2-8b", "default")}
@@ -215,41 +187,16 @@ def test_headers_and_framing() -> None:
 def test_silence_is_filled_with_comments() -> None:
     script = (say("Two"), 0.35, say(" cats.", FinishReason.STOP))
     with serving(ScriptedLLM(script), keep_alive_seconds=0.1) as url:
-        text = post(url).text
+        text = post(url, stream=True).text
     assert 2 <= text.count(": keep-alive\n\n") <= 4
     assert all(event.startswith(("data: ", ": keep-alive")) for event in text.removesuffix("\n\n").split("\n\n"))
-
-
-@pytest.mark.parametrize(("path", "prompt"), [("chat/completions", CHAT), ("completions", TEXT), ("responses", INPUT)])
-def test_silence_before_the_first_token_is_broken_by_comments(path: str, prompt: dict[str, Any]) -> None:
-    """A prompt with many pictures takes a while, and proxies do not wait for ever."""
-    llm = ScriptedLLM([0.5, say("Two"), say("", FinishReason.STOP)])
-    with serving(llm, keep_alive_seconds=0.1) as url:
-        answer = httpx.post(f"{url}/v1/{path}", json={**prompt, "stream": True})
-    assert answer.status_code == 200
-    before, _, after = answer.text.partition("Two")
-    assert before.startswith(": keep-alive\n\n")
-    assert before.count(": keep-alive") >= 2
-    assert "data: " in before
-    assert ": keep-alive" not in after
-
-
-@pytest.mark.parametrize(("path", "prompt"), [("chat/completions", CHAT), ("completions", TEXT), ("responses", INPUT)])
-@pytest.mark.parametrize("late", [False, True])
-def test_an_error_is_a_status_as_long_as_nothing_is_sent(path: str, prompt: dict[str, Any], late: bool) -> None:
-    llm = ScriptedLLM([0.4 if late else 0.01, EngineDeadError("gone", retry_after=5)])
-    with serving(llm, keep_alive_seconds=0.1 if late else 5.0) as url:
-        answer = httpx.post(f"{url}/v1/{path}", json={**prompt, "stream": True})
-    assert answer.status_code == (200 if late else 503)
-    assert "engine_unavailable" in answer.text
-    assert "Two" not in answer.text
 
 
 @pytest.mark.parametrize("where", ["prepare_script", "script"])
 def test_an_error_before_the_first_token_is_an_http_status(where: str) -> None:
     llm = ScriptedLLM(**{where: [0.01, RequestFailedError("the step failed")]})
     with serving(llm) as url:
-        answer = post(url)
+        answer = post(url, stream=True)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the step failed"
     assert answer.headers["content-type"] == "application/json"
@@ -265,7 +212,7 @@ def test_no_event_reaches_the_log(caplog: pytest.LogCaptureFixture) -> None:
         configure_logging("DEBUG")
         root.addHandler(caplog.handler)
         with serving(ScriptedLLM((say("sEcReT"), say("!", FinishReason.STOP)))) as url:
-            assert "sEcReT" in post(url, messages=[{"role": "user", "content": "pRoMpT"}]).text
+            assert "sEcReT" in post(url, stream=True, messages=[{"role": "user", "content": "pRoMpT"}]).text
     finally:
         root.handlers[:], root.level = before
     assert "POST /v1/chat/completions 200" in caplog.text

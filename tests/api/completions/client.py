@@ -8,8 +8,7 @@ import httpx
 
 from server.api.completions.protocol import Completion
 from server.types import PromptInput
-
-from .prompt_llm import PromptLLM
+from tests.api.prompt_llm import PromptLLM
 
 
 class Asker:

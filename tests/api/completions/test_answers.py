@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
-from .completions_client import Asker
-from .prompt_llm import BOS, EOS, IMAGE, PIECES, PromptLLM, byte_ids, encode, ids, likeliest_after, logprobs_after
-from .scripted_llm import serving
+from tests.api.completions.client import Asker
+from tests.api.prompt_llm import (
+    BOS,
+    EOS,
+    IMAGE,
+    PIECES,
+    PromptLLM,
+    byte_ids,
+    encode,
+    ids,
+    likeliest_after,
+    logprobs_after,
+)
+from tests.api.wire import usage
 
 AND_A_DOG = ids("▁and", "▁a", "▁dog", ".")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[PromptLLM, str, httpx.Client]]:
-    llm = PromptLLM()
-    with serving(llm) as url, httpx.Client() as client:
-        yield llm, url, client
-
-
-@pytest.fixture
-def llm(server: tuple[PromptLLM, str, httpx.Client]) -> PromptLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def ask(server: tuple[PromptLLM, str, httpx.Client], llm: PromptLLM) -> Asker:
-    return Asker(server[1], server[2])
 
 
 def test_the_whole_answer(ask: Asker, llm: PromptLLM) -> None:
@@ -46,18 +38,7 @@ def test_the_whole_answer(ask: Asker, llm: PromptLLM) -> None:
         "choices": [
             {"index": 0, "text": " and a dog", "logprobs": None, "finish_reason": "length", "stop_reason": None}
         ],
-        "usage": {
-            "prompt_tokens": 3,
-            "completion_tokens": 3,
-            "total_tokens": 6,
-            "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": 0, "text_tokens": 3, "audio_tokens": 0},
-            "completion_tokens_details": {
-                "reasoning_tokens": 0,
-                "accepted_prediction_tokens": 0,
-                "rejected_prediction_tokens": 0,
-                "audio_tokens": 0,
-            },
-        },
+        "usage": usage(3, 3),
         "system_fingerprint": "fp_test",
     }
 
@@ -255,15 +236,14 @@ def test_token_ids(ask: Asker, llm: PromptLLM) -> None:
 # -- the unmodified client ---------------------------------------------------------------------------------------------
 
 
-def test_sdk(ask: Asker, llm: PromptLLM) -> None:
-    with openai.OpenAI(base_url=f"{ask.url}/v1", api_key="EMPTY", max_retries=0) as client:
-        answer = client.completions.create(model="idefics2-8b", prompt="Two cats", echo=True, logprobs=1, max_tokens=2)
-        assert answer.choices[0].text == "Two cats and a"
-        logprobs = answer.choices[0].logprobs
-        assert logprobs is not None
-        assert logprobs.tokens == ["<s>", "Two", " cats", " and", " a"]
-        assert answer.usage is not None
-        assert answer.usage.total_tokens == 5
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.completions.create(model="idefics2-8b", prompt=[[IMAGE]])
-        assert caught.value.param == "prompt[0][0]"
+def test_sdk(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="idefics2-8b", prompt="Two cats", echo=True, logprobs=1, max_tokens=2)
+    assert answer.choices[0].text == "Two cats and a"
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["<s>", "Two", " cats", " and", " a"]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 5
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="idefics2-8b", prompt=[[IMAGE]])
+    assert caught.value.param == "prompt[0][0]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -11,28 +11,9 @@ import pytest
 from server.api.completions.protocol import MAX_ANSWERS, MAX_PROMPTS
 from server.errors import ClientError, EngineDeadError, RequestFailedError
 from server.types import FinishReason, GrammarSpec, RequestOutput, Truncation
-
-from .completions_client import Asker, only_item, prompts
-from .prompt_llm import BOS, FAKE, IMAGE, PIECES, PromptLLM, encode
-from .scripted_llm import QUEUE_FULL, say, serving
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[PromptLLM, str, httpx.Client]]:
-    llm = PromptLLM()
-    with serving(llm) as url, httpx.Client() as client:
-        yield llm, url, client
-
-
-@pytest.fixture
-def llm(server: tuple[PromptLLM, str, httpx.Client]) -> PromptLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def ask(server: tuple[PromptLLM, str, httpx.Client], llm: PromptLLM) -> Asker:
-    return Asker(server[1], server[2])
+from tests.api.completions.client import Asker, only_item, prompts
+from tests.api.prompt_llm import BOS, FAKE, IMAGE, PIECES, PromptLLM, encode
+from tests.api.scripted_llm import QUEUE_FULL, say
 
 
 @pytest.mark.parametrize(

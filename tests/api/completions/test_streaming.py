@@ -3,58 +3,32 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
-from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx
 import openai
 import pytest
 
 from server.errors import RequestFailedError
-
-from .prompt_llm import BOS, EOS, PromptLLM, byte_ids, encode, ids
-from .scripted_llm import Hang, serving, wait_until
+from tests.api import wire
+from tests.api.completions.client import Asker
+from tests.api.prompt_llm import BOS, EOS, PromptLLM, byte_ids, encode, ids
+from tests.api.scripted_llm import Hang
+from tests.listening import wait_until
 
 SECONDS = 1.0
-DETAILS = (
-    '"prompt_tokens_details":{"cached_tokens":0,"image_tokens":0,"text_tokens":3,"audio_tokens":0},'
-    '"completion_tokens_details":{"reasoning_tokens":0,"accepted_prediction_tokens":0,'
-    '"rejected_prediction_tokens":0,"audio_tokens":0}'
-)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[PromptLLM, str]]:
-    llm = PromptLLM()
-    with serving(llm, keep_alive_seconds=0.1) as url:
-        yield llm, url
+def settings() -> dict[str, Any]:
+    return {"keep_alive_seconds": 0.1}
 
 
-@pytest.fixture
-def llm(server: tuple[PromptLLM, str]) -> PromptLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: PromptLLM, server: tuple[PromptLLM, str]) -> str:
-    return server[1]
-
-
-def post(url: str, prompt: Any = "Two cats", **fields: Any) -> httpx.Response:
-    body = {"prompt": prompt, "request_id": "x", **fields}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=10)
-
-
-def events(url: str, prompt: Any = "Two cats", **fields: Any) -> list[str]:
+def events(ask: Asker, prompt: Any = "Two cats", **fields: Any) -> list[str]:
     """What comes before the end, without `data: ` and without what all chunks begin with."""
-    answer = post(url, prompt, stream=True, **fields)
+    answer = ask.post(prompt, stream=True, request_id="x", **fields)
     assert answer.status_code == 200, answer.text
-    found = [event.removeprefix("data: ") for event in answer.text.removesuffix("\n\n").split("\n\n")]
-    assert found.pop() == "[DONE]"
+    found = wire.data_events(answer.text)
     created = json.loads(found[0])["created"]
     head = (
         f'{{"id":"cmpl-x","object":"text_completion","created":{created},"model":"idefics2-8b",'
@@ -64,8 +38,8 @@ def events(url: str, prompt: Any = "Two cats", **fields: Any) -> list[str]:
     return [event.removeprefix(head) for event in found]
 
 
-def chunks(url: str, prompt: Any = "Two cats", **fields: Any) -> list[dict[str, Any]]:
-    return [json.loads("{" + event) for event in events(url, prompt, **fields)]
+def chunks(ask: Asker, prompt: Any = "Two cats", **fields: Any) -> list[dict[str, Any]]:
+    return [json.loads("{" + event) for event in events(ask, prompt, **fields)]
 
 
 def chunk(text: str, finish: str = "null", end: str = "", index: int = 0) -> str:
@@ -73,61 +47,60 @@ def chunk(text: str, finish: str = "null", end: str = "", index: int = 0) -> str
 
 
 def usage(completion_tokens: int) -> str:
-    total = 3 + completion_tokens
-    return f'"usage":{{"prompt_tokens":3,"completion_tokens":{completion_tokens},"total_tokens":{total},{DETAILS}}}'
+    return f'"usage":{wire.compact(wire.usage(3, completion_tokens))}'
 
 
-def test_plain(url: str) -> None:
-    assert events(url, max_tokens=3) == [chunk(" and"), chunk(" a"), chunk(" dog", '"length"')]
+def test_plain(ask: Asker) -> None:
+    assert events(ask, max_tokens=3) == [chunk(" and"), chunk(" a"), chunk(" dog", '"length"')]
 
 
-def test_stop(url: str) -> None:
+def test_stop(ask: Asker) -> None:
     end = ',"finish_reason":"stop","stop_reason":" dog"}]}'
-    assert events(url, stop=" dog") == [
+    assert events(ask, stop=" dog") == [
         chunk(" and"),
         chunk(" a"),
         '"choices":[{"index":0,"text":"","logprobs":null' + end,
     ]
 
 
-def test_the_end_of_the_model(url: str, llm: PromptLLM) -> None:
+def test_the_end_of_the_model(ask: Asker, llm: PromptLLM) -> None:
     llm.answers = [ids("▁and", "</s>")]
-    assert events(url) == [chunk(" and"), chunk("", '"stop"')]
+    assert events(ask) == [chunk(" and"), chunk("", '"stop"')]
 
 
-def test_echo_comes_first(url: str) -> None:
-    assert events(url, echo=True, max_tokens=2) == [chunk("Two cats and"), chunk(" a", '"length"')]
+def test_echo_comes_first(ask: Asker) -> None:
+    assert events(ask, echo=True, max_tokens=2) == [chunk("Two cats and"), chunk(" a", '"length"')]
 
 
-def test_nothing_but_the_prompt(url: str) -> None:
+def test_nothing_but_the_prompt(ask: Asker) -> None:
     told = {"include_usage": True}
-    assert events(url, echo=True, max_tokens=0, stream_options=told) == [
+    assert events(ask, echo=True, max_tokens=0, stream_options=told) == [
         chunk("Two cats", '"length"', ',"usage":null'),
         f'"choices":[],{usage(0)}}}',
     ]
 
 
-def test_include_usage(url: str) -> None:
+def test_include_usage(ask: Asker) -> None:
     null = ',"usage":null'
-    assert events(url, max_tokens=2, stream_options={"include_usage": True}) == [
+    assert events(ask, max_tokens=2, stream_options={"include_usage": True}) == [
         chunk(" and", end=null),
         chunk(" a", '"length"', null),
         f'"choices":[],{usage(2)}}}',
     ]
 
 
-def test_continuous_usage(url: str) -> None:
+def test_continuous_usage(ask: Asker) -> None:
     told = {"include_usage": True, "continuous_usage_stats": True}
-    assert events(url, max_tokens=2, stream_options=told) == [
+    assert events(ask, max_tokens=2, stream_options=told) == [
         chunk(" and", end=f",{usage(1)}"),
         chunk(" a", '"length"', f",{usage(2)}"),
         f'"choices":[],{usage(2)}}}',
     ]
 
 
-def test_several_choices(url: str, llm: PromptLLM) -> None:
+def test_several_choices(ask: Asker, llm: PromptLLM) -> None:
     llm.answers = [ids("▁Two", "▁a", "▁a"), ids("▁cats", "</s>"), ids("▁and"), ids("▁dog", "▁a")]
-    found = chunks(url, ["Two", "cats"], n=2, temperature=1, max_tokens=3, stream_options={"include_usage": True})
+    found = chunks(ask, ["Two", "cats"], n=2, temperature=1, max_tokens=3, stream_options={"include_usage": True})
     end = found.pop()
     assert end["choices"] == []
     assert (end["usage"]["prompt_tokens"], end["usage"]["completion_tokens"]) == (4, 3 + 2 + 1 + 2)
@@ -152,11 +125,11 @@ def test_several_choices(url: str, llm: PromptLLM) -> None:
         {"logprobs": 1, "skip_special_tokens": False},
     ],
 )
-def test_all_chunks_together_are_the_whole_answer(url: str, llm: PromptLLM, fields: dict[str, Any]) -> None:
+def test_all_chunks_together_are_the_whole_answer(ask: Asker, llm: PromptLLM, fields: dict[str, Any]) -> None:
     llm.answers = [[*ids("▁and", "▁a", "▁dog"), *byte_ids("🐈"), EOS], [*byte_ids("é"), *ids("s", "▁a", "▁dog")]]
-    whole = post(url, **fields).json()
+    whole = ask(**fields)
     joined: dict[int, dict[str, Any]] = {}
-    found = chunks(url, **fields, stream_options={"include_usage": True})
+    found = chunks(ask, **fields, stream_options={"include_usage": True})
     assert found.pop()["usage"] == whole["usage"]
     for piece in found:
         (choice,) = piece["choices"]
@@ -174,22 +147,22 @@ def test_all_chunks_together_are_the_whole_answer(url: str, llm: PromptLLM, fiel
     assert [joined[index] for index in sorted(joined)] == whole["choices"]
 
 
-def test_prompt_ids_come_once(url: str) -> None:
-    first, *others = [piece["choices"][0] for piece in chunks(url, return_token_ids=True)]
+def test_prompt_ids_come_once(ask: Asker) -> None:
+    first, *others = [piece["choices"][0] for piece in chunks(ask, return_token_ids=True)]
     assert first["prompt_token_ids"] == [BOS, *encode("Two cats")]
     assert others
     assert all("prompt_token_ids" not in choice for choice in others)
 
 
-def test_any_text_stays_in_one_line(url: str) -> None:
+def test_any_text_stays_in_one_line(ask: Asker) -> None:
     text = 'a"\\ \n\r b\u2028c\u2029d\x85e'
-    (event,) = [event for event in events(url, text, echo=True, max_tokens=0, logprobs=0) if "choices" in event]
+    (event,) = [event for event in events(ask, text, echo=True, max_tokens=0, logprobs=0) if "choices" in event]
     assert len(event.splitlines()) == 1
     assert json.loads("{" + event)["choices"][0]["text"] == text
 
 
-def test_headers_and_framing(url: str) -> None:
-    answer = post(url, stream=True, request_id=None)
+def test_headers_and_framing(ask: Asker) -> None:
+    answer = ask.post(stream=True)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
     assert "\r" not in answer.text
@@ -198,61 +171,49 @@ def test_headers_and_framing(url: str) -> None:
     assert len(name) == len("cmpl-") + 32
 
 
-def test_an_error_in_the_middle(url: str, llm: PromptLLM) -> None:
+def test_an_error_in_the_middle(ask: Asker, llm: PromptLLM) -> None:
     llm.disturbance = (2, RequestFailedError("the step failed"))
-    *good, bad = events(url, stream_options={"include_usage": True})
+    *good, bad = events(ask, stream_options={"include_usage": True})
     assert good == [chunk(" and", end=',"usage":null'), chunk(" a", end=',"usage":null')]
     assert json.loads(bad)["error"]["message"] == "the step failed"
     assert llm.closed.wait(SECONDS)
 
 
-def test_an_error_before_the_first_token_is_an_http_status(url: str, llm: PromptLLM) -> None:
+def test_an_error_before_the_first_token_is_an_http_status(ask: Asker, llm: PromptLLM) -> None:
     llm.disturbance = (0, RequestFailedError("the step failed"))
-    answer = post(url, stream=True)
+    answer = ask.post(stream=True)
     assert (answer.status_code, answer.headers["content-type"]) == (500, "application/json")
 
 
-def test_silence_is_filled_with_comments(url: str, llm: PromptLLM) -> None:
+def test_silence_is_filled_with_comments(ask: Asker, llm: PromptLLM) -> None:
     llm.disturbance = (1, 0.35)
-    assert 2 <= post(url, stream=True).text.count(": keep-alive\n\n") <= 4
+    assert 2 <= ask.post(stream=True).text.count(": keep-alive\n\n") <= 4
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 def test_a_client_that_leaves(url: str, llm: PromptLLM, tokens: int, *, stream: bool) -> None:
     llm.disturbance = (tokens, Hang())
-    body = json.dumps({"prompt": ["Two", "cats"], "stream": stream}).encode()
-    address = urlsplit(url)
-    before = ended_early(llm)
-    with socket.create_connection((address.hostname, address.port), timeout=5) as client:
-        client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
-        )
+    left = {"handler": "/v1/completions", "method": "POST", "status": "499"}
+    before = llm.http_count(**left)
+    with wire.send(f"{url}/v1/completions", {"prompt": ["Two", "cats"], "stream": stream}):
         assert llm.hanging.wait(5)
         time.sleep(0.02)
         assert not llm.closed.is_set()
     assert llm.closed.wait(SECONDS)
-    wait_until(lambda: ended_early(llm) == before + 1)
+    wait_until(lambda: llm.http_count(**left) == before + 1)
 
 
-def ended_early(llm: PromptLLM) -> float:
-    label = 'http_requests_total{handler="/v1/completions",method="POST",status="499"}'
-    lines = llm.metrics.render()[0].decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if label in line)
-
-
-def test_sdk(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as client:
-        stream = client.completions.create(
-            model="idefics2-8b",
-            prompt="Two cats",
-            echo=True,
-            logprobs=1,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        pieces = list(stream)
+def test_sdk(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="idefics2-8b",
+        prompt="Two cats",
+        echo=True,
+        logprobs=1,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    pieces = list(stream)
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == "Two cats and a dog."
     first = pieces[0].choices[0].logprobs
     assert first is not None

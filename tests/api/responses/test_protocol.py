@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from server.types import GrammarSpec, Truncation
-
-from .responses_client import PICTURE, ask, post
-from .scripted_llm import ScriptedLLM, serving
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[ScriptedLLM, str]]:
-    """One server for the module, because starting and stopping one takes longer than any test here."""
-    llm = ScriptedLLM()
-    with serving(llm) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
-    return server[1]
+from tests.api.responses.client import PICTURE, ask, post
+from tests.api.scripted_llm import ScriptedLLM
 
 
 def refusal(url: str, **fields: Any) -> tuple[str | None, str]:
     """(param, code) of a 400."""
-    answer = post(url, {"input": "Hi", **fields})
+    answer = post(url, **fields)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -263,6 +242,6 @@ def test_refusals_repeat_nothing(url: str) -> None:
         {"truncation": secret},
         {"input": [{"type": secret}]},
     ):
-        answer = post(url, {"input": "Hi", **fields})
+        answer = post(url, **fields)
         assert answer.status_code == 400
         assert secret not in answer.text

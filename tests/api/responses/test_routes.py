@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types.responses import Response
-from pydantic import BaseModel
 
 from server.api.responses.answer import ResponseObject
 from server.api.responses.schemas import responses_examples
 from server.api.schemas import EXAMPLE_IMAGE
 from server.errors import ClientError, EngineDeadError, RequestFailedError, UnavailableError
 from server.types import FinishReason, ImageInput, Logprob, TextPart, Turn
-
-from .responses_client import PICTURE, ask, post
-from .scripted_llm import QUEUE_FULL, ScriptedLLM, say, serving
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[ScriptedLLM, str]]:
-    """One server for the module, because starting and stopping one takes longer than any test here."""
-    llm = ScriptedLLM()
-    with serving(llm) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
-    return server[1]
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
-        yield made
+from tests.api.responses.client import PICTURE, RECEIPT, RECEIPT_SCRIPT, Receipt, ask, post
+from tests.api.scripted_llm import QUEUE_FULL, ScriptedLLM, say
 
 
 def test_sdk_plain(llm: ScriptedLLM, client: openai.OpenAI) -> None:
@@ -134,7 +106,7 @@ def test_every_field_is_in_the_documented_type_and_the_sdks(url: str) -> None:
     """What is sent is written by hand; both descriptions of it must fit, field by field."""
     tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}]
     for extra in ({}, {"tools": tools, "tool_choice": "none"}, {"include": ["message.output_text.logprobs"]}):
-        raw = post(url, {"input": "Hi", **extra}).content
+        raw = post(url, **extra).content
         body = json.loads(raw)
         assert set(ResponseObject.model_fields) == set(body)
         assert ResponseObject.model_validate_json(raw, strict=True).model_dump(mode="json") == body
@@ -159,15 +131,10 @@ def test_no_text_at_all(llm: ScriptedLLM, client: openai.OpenAI) -> None:
     assert (answer.status, answer.output_text, len(answer.output)) == ("completed", "", 1)
 
 
-class Receipt(BaseModel):
-    shop: str
-    total: float
-
-
 def test_sdk_parse(llm: ScriptedLLM, client: openai.OpenAI) -> None:
-    llm.script = (say('{"shop": "A'), say('BC", "total": 2.5}'), say("", FinishReason.STOP))
+    llm.script = RECEIPT_SCRIPT
     answer = client.responses.parse(model="idefics2-8b", input="Invent.", text_format=Receipt)
-    assert answer.output_parsed == Receipt(shop="ABC", total=2.5)
+    assert answer.output_parsed == RECEIPT
     grammar = llm.chats[0].sampling.grammar
     assert grammar is not None
     assert (grammar.kind, grammar.param) == ("json_schema", "text.format.schema")
@@ -233,7 +200,7 @@ def test_errors_of_preparing(
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_before_the_first_token_are_a_status(llm: ScriptedLLM, url: str, *, stream: bool) -> None:
     llm.script = (EngineDeadError("the engine is not running", retry_after=5.0),)
-    answer = post(url, {"input": "Hi", "stream": stream})
+    answer = post(url, stream=stream)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert answer.json()["error"]["code"] == "engine_unavailable"
 
@@ -247,14 +214,14 @@ def test_errors_of_an_answer_that_is_not_streamed(llm: ScriptedLLM, url: str) ->
     ):
         llm.script = script
         llm.closed.clear()
-        answer = post(url, {"input": "Hi"})
+        answer = post(url)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
         assert llm.closed.wait(5)
 
 
 def test_a_full_queue(llm: ScriptedLLM, url: str) -> None:
     llm.capacity_error = QUEUE_FULL
-    answer = post(url, {"input": "Hi"})
+    answer = post(url)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "3")
     # What no queue would make right is told even then.
     assert httpx.post(f"{url}/v1/responses", content=b"Hi").status_code == 415
@@ -293,7 +260,7 @@ def test_openapi_shows_what_is_true(llm: ScriptedLLM, url: str) -> None:
     assert shown["examples"] == responses_examples("idefics2-8b")
     assert "/v1/responses/{response_id}" not in document["paths"]
     for example in shown["examples"].values():
-        assert post(url, example["value"]).status_code == 200
+        assert post(url, **example["value"]).status_code == 200
     assert any(isinstance(part, ImageInput) for chat in llm.chats for turn in chat.turns for part in turn.parts)
     reference = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
     answer = document["components"]["schemas"][reference.rpartition("/")[2]]

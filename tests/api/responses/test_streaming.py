@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from openai.types.responses import Response
 
 from server.api.responses.answer import Answer, ResponseObject
 from server.api.responses.protocol import parse_responses_request
 from server.api.responses.streaming import ResponseEncoder
-from server.api.streaming import OpenStream, stream_events
 from server.errors import EngineDeadError, RequestFailedError
 from server.types import FinishReason, Logprob, RequestOutput
+from tests.api.responses.client import RECEIPT, RECEIPT_SCRIPT, SDK_EVENT, Receipt, ask, parse, post, stream
+from tests.api.scripted_llm import Hang, ScriptedLLM, say, written
+from tests.api.wire import send
 
-from .scripted_llm import Hang, ScriptedLLM, played, say, serving
-
-SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 ORDER = [
     *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
     *("response.output_text.delta", "response.output_text.delta"),
@@ -33,66 +27,21 @@ ORDER = [
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[ScriptedLLM, str]]:
-    llm = ScriptedLLM()
-    with serving(llm, keep_alive_seconds=0.1) as url:
-        yield llm, url
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str]) -> str:
-    return server[1]
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
-        yield made
-
-
-def post(url: str, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/responses", json={"input": "Hi", "stream": True, **fields}, timeout=10)
-
-
-def parse(text: str) -> list[dict[str, Any]]:
-    """Events as a strict reader sees them: the name says the type, and numbers count them."""
-    parsed = []
-    for event in text.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        parsed.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {parsed[-1]['type']}"
-    assert [event["sequence_number"] for event in parsed] == list(range(len(parsed)))
-    return parsed
+def settings() -> dict[str, Any]:
+    return {"keep_alive_seconds": 0.1}
 
 
 def names(events: list[dict[str, Any]]) -> list[str]:
     return [event["type"] for event in events]
 
 
-def stream(script: Sequence[RequestOutput | Exception]) -> list[str]:
-    """The events of a stream, without a server: one item for each write."""
-
-    async def outputs() -> AsyncIterator[RequestOutput]:
-        for index, step in enumerate(script, start=1):
-            if isinstance(step, Exception):
-                raise step
-            yield played(step, "r", index)
-
-    async def collect() -> list[str]:
-        encoder = ResponseEncoder(Answer(request=parse_responses_request({"input": "Hi"}), model="m"), None)
-        return [event.decode() async for event in stream_events(OpenStream(outputs()), encoder)]
-
-    return asyncio.run(collect())
+def played(script: Sequence[RequestOutput | Exception]) -> list[str]:
+    answer = Answer(request=parse_responses_request({"input": "Hi"}), model="m")
+    return [events.decode() for events in written(script, ResponseEncoder(answer, None))]
 
 
 def test_order_and_content(url: str) -> None:
-    events = parse(post(url, instructions="Be brief.").text)
+    events = stream(url, instructions="Be brief.")
     assert names(events) == ORDER
     created, in_progress, item_added, part_added, two, cats, text_done, part_done, item_done, completed = events
     assert created["response"] == in_progress["response"]
@@ -127,8 +76,8 @@ def test_order_and_content(url: str) -> None:
 
 def test_a_stream_ends_with_what_is_sent_whole(url: str) -> None:
     """But for what differs between any two responses."""
-    streamed = parse(post(url).text)[-1]["response"]
-    whole = httpx.post(f"{url}/v1/responses", json={"input": "Hi"}).json()
+    streamed = stream(url)[-1]["response"]
+    whole = ask(url)
     for response in (streamed, whole):
         assert response.pop("id").startswith("resp_")
         assert response["output"][0].pop("id").startswith("msg_")
@@ -139,7 +88,7 @@ def test_a_stream_ends_with_what_is_sent_whole(url: str) -> None:
 def test_every_event_fits_the_sdks_types_and_ours(llm: ScriptedLLM, url: str) -> None:
     half = Logprob(token_id=5, token="x", data=b"x", logprob=-0.5)
     llm.script = (say("x", logprobs=(half,)), say("", FinishReason.LENGTH, logprobs=(half,)))
-    for event in parse(post(url, include=["message.output_text.logprobs"]).text):
+    for event in stream(url, include=["message.output_text.logprobs"]):
         known = SDK_EVENT.validate_python(event)
         assert known.type == event["type"]
         if "response" in event:
@@ -149,7 +98,7 @@ def test_every_event_fits_the_sdks_types_and_ours(llm: ScriptedLLM, url: str) ->
 
 def test_cut_off_by_the_limit(llm: ScriptedLLM, url: str) -> None:
     llm.script = (say("Two"), say(" cats", FinishReason.LENGTH))
-    events = parse(post(url).text)
+    events = stream(url)
     assert names(events) == [*ORDER[:-1], "response.incomplete"]
     response = events[-1]["response"]
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
@@ -160,20 +109,20 @@ def test_cut_off_by_the_limit(llm: ScriptedLLM, url: str) -> None:
 @pytest.mark.parametrize("num_outputs", [1, 2])
 def test_no_text_means_no_delta(llm: ScriptedLLM, url: str, num_outputs: int) -> None:
     llm.script = [*[say("")] * (num_outputs - 1), say("", FinishReason.STOP)]
-    events = parse(post(url).text)
+    events = stream(url)
     assert names(events) == [name for name in ORDER if name != "response.output_text.delta"]
     assert events[-1]["response"]["output"][0]["content"][0]["text"] == ""
 
 
 def test_all_in_one_output(llm: ScriptedLLM, url: str) -> None:
     llm.script = (say("Two cats.", FinishReason.STOP),)
-    events = parse(post(url).text)
+    events = stream(url)
     assert names(events) == [*ORDER[:5], *ORDER[6:]]
     assert events[4]["delta"] == "Two cats."
 
 
 def test_one_write_for_one_output() -> None:
-    writes = stream([say("a"), say("b"), say(""), say("c", FinishReason.STOP)])
+    writes = played([say("a"), say("b"), say(""), say("c", FinishReason.STOP)])
     assert len(writes) == 3
     assert names(parse("".join(writes)))[0] == "response.created"
 
@@ -187,7 +136,7 @@ def test_logprobs_ride_with_their_text(llm: ScriptedLLM, url: str) -> None:
         say("23", logprobs=tokens[3:4]),
         say("", FinishReason.STOP, logprobs=tokens[4:]),
     )
-    events = parse(post(url, include=["message.output_text.logprobs"]).text)
+    events = stream(url, include=["message.output_text.logprobs"])
     deltas = [event for event in events if event["type"] == "response.output_text.delta"]
     assert [[entry["token"] for entry in delta["logprobs"]] for delta in deltas] == [["0", "1"], ["2", "3"]]
     assert deltas[0]["logprobs"][1] == {"token": "1", "logprob": -1.0, "bytes": [49], "top_logprobs": []}
@@ -199,7 +148,7 @@ def test_logprobs_ride_with_their_text(llm: ScriptedLLM, url: str) -> None:
 @pytest.mark.parametrize("text", ['a\u2028b\u2029c\u0085d\r\n"e\\', "👨‍👩‍👧 日本", "\x00\x1f"])
 def test_text_that_breaks_lines_breaks_no_event(llm: ScriptedLLM, url: str, text: str) -> None:
     llm.script = (say(text), say("", FinishReason.STOP))
-    answer = post(url, instructions=text)
+    answer = post(url, stream=True, instructions=text)
     assert len(answer.text.splitlines()) == answer.text.count("\n")
     events = parse(answer.text)
     assert events[4]["delta"] == events[-1]["response"]["output"][0]["content"][0]["text"] == text
@@ -207,7 +156,7 @@ def test_text_that_breaks_lines_breaks_no_event(llm: ScriptedLLM, url: str, text
 
 
 def test_headers(url: str) -> None:
-    answer = post(url)
+    answer = post(url, stream=True)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
     assert answer.headers["x-accel-buffering"] == "no"
@@ -221,7 +170,7 @@ def test_headers(url: str) -> None:
 def test_a_failure_is_told_twice() -> None:
     """OpenAI's own client looks for `error` in an event, other readers for the event that ends the response."""
     error = EngineDeadError("the engine stopped", retry_after=5.0)
-    events = parse("".join(stream([say("Two"), error])))
+    events = parse("".join(played([say("Two"), error])))
     assert names(events) == [*ORDER[:5], "error", "response.failed"]
     told = {"code": "engine_unavailable", "message": "the engine stopped", "param": None}
     assert events[5] == {
@@ -240,12 +189,12 @@ def test_a_failure_is_told_twice() -> None:
 
 def test_a_failure_arrives(llm: ScriptedLLM, url: str) -> None:
     llm.script = (say("Two"), RequestFailedError("a step failed"))
-    assert names(parse(post(url).text)) == [*ORDER[:5], "error", "response.failed"]
+    assert names(stream(url)) == [*ORDER[:5], "error", "response.failed"]
     assert llm.closed.wait(5)
 
 
 def test_an_unexpected_error_tells_the_client_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    events = "".join(stream([say("Two"), ValueError("/etc/secret at 0x7f00")]))
+    events = "".join(played([say("Two"), ValueError("/etc/secret at 0x7f00")]))
     assert "secret" not in events
     assert names(parse(events))[-2:] == ["error", "response.failed"]
     assert "/etc/secret" in caplog.text  # but the operator all
@@ -255,7 +204,7 @@ def test_an_unexpected_error_tells_the_client_nothing(caplog: pytest.LogCaptureF
     "script", [[say("Two")], [say("Two", FinishReason.ABORT)], [say("x"), say("", FinishReason.ERROR)]]
 )
 def test_reasons_that_no_client_may_see(script: list[RequestOutput]) -> None:
-    events = parse("".join(stream(script)))
+    events = parse("".join(played(script)))
     assert names(events)[-2:] == ["error", "response.failed"]
     assert not {"response.completed", "response.incomplete", "response.output_item.done"} & set(names(events))
 
@@ -283,11 +232,6 @@ def test_the_sdk_raises(llm: ScriptedLLM, client: openai.OpenAI, *, helper: bool
 # -- what clients make of it -----------------------------------------------------------------------------------------
 
 
-class Receipt(BaseModel):
-    shop: str
-    total: float
-
-
 def test_sdk_create(client: openai.OpenAI) -> None:
     events = list(client.responses.create(model="idefics2-8b", input="Hi", stream=True))
     assert [event.type for event in events] == ORDER
@@ -296,12 +240,12 @@ def test_sdk_create(client: openai.OpenAI) -> None:
 
 
 def test_sdk_stream(llm: ScriptedLLM, client: openai.OpenAI) -> None:
-    llm.script = (say('{"shop": "A'), say('BC", "total": 2.5}'), say("", FinishReason.STOP))
+    llm.script = RECEIPT_SCRIPT
     with client.responses.stream(model="idefics2-8b", input="Invent.", text_format=Receipt) as events:
         snapshots = [event.snapshot for event in events if event.type == "response.output_text.delta"]
         final = events.get_final_response()
     assert snapshots == ['{"shop": "A', '{"shop": "ABC", "total": 2.5}']
-    assert final.output_parsed == Receipt(shop="ABC", total=2.5)
+    assert final.output_parsed == RECEIPT
     assert final.usage is not None
     assert final.usage.output_tokens == 3
     assert llm.chats[0].sampling.grammar is not None
@@ -320,7 +264,7 @@ def test_sdk_async(url: str) -> None:
 
 def test_silence_is_filled_with_comments(llm: ScriptedLLM, url: str, client: openai.OpenAI) -> None:
     llm.script = (say("Two"), 0.35, say(" cats.", FinishReason.STOP))
-    text = post(url).text
+    text = post(url, stream=True).text
     assert 2 <= text.count(": keep-alive\n\n") <= 4
     assert names(parse(text.replace(": keep-alive\n\n", ""))) == ORDER
     assert [event.type for event in client.responses.create(model="idefics2-8b", input="Hi", stream=True)] == ORDER
@@ -333,13 +277,7 @@ def test_a_client_that_leaves_ends_its_answer(
     llm: ScriptedLLM, url: str, *, streamed: bool, before: Sequence[RequestOutput]
 ) -> None:
     llm.script = (*before, Hang())
-    body = json.dumps({"input": "Hi", "stream": streamed}).encode()
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port), timeout=5) as connection:
-        connection.sendall(
-            b"POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
-        )
+    with send(f"{url}/v1/responses", {"input": "Hi", "stream": streamed}):
         assert llm.hanging.wait(5)
         assert not llm.closed.is_set()
     assert llm.closed.wait(1)

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from server.api.responses.answer import ResponseObject
-from server.errors import ClientError
-from server.types import ChatInput, EngineRequest, FinishReason, Logprob, PromptInput, TextPart
+from server.types import FinishReason, Logprob, TextPart
+from tests.api.responses.client import ask, post, stream
+from tests.api.scripted_llm import UNCOMPILABLE, ScriptedLLM, say, serving
 
-from .scripted_llm import ScriptedLLM, say, serving
-
-SDK_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -40,53 +34,9 @@ CALL_EVENTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untold", "told"])
-def server(request: pytest.FixtureRequest) -> Iterator[tuple[ScriptedLLM, str, bool]]:
-    """Two servers: one keeps the tools to itself, the other tells the model."""
-    llm = ScriptedLLM()
-    with serving(llm, inject_tools=request.param) as url:
-        yield llm, url, request.param
-
-
-@pytest.fixture
-def llm(server: tuple[ScriptedLLM, str, bool]) -> ScriptedLLM:
-    server[0].reset()
-    return server[0]
-
-
-@pytest.fixture
-def url(llm: ScriptedLLM, server: tuple[ScriptedLLM, str, bool]) -> str:
-    return server[1]
-
-
-@pytest.fixture
-def told(server: tuple[ScriptedLLM, str, bool]) -> bool:
-    return server[2]
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0) as made:
-        yield made
-
-
-def ask(url: str, **fields: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{url}/v1/responses", json={"input": "Hi", **fields})
-    assert answer.status_code == 200, answer.text
-    body: dict[str, Any] = answer.json()
-    assert ResponseObject.model_validate(body).model_dump(mode="json") == body
-    Response.model_validate(body)
-    return body
-
-
-def stream(url: str, **fields: Any) -> list[dict[str, Any]]:
-    answer = httpx.post(f"{url}/v1/responses", json={"input": "Hi", "stream": True, **fields})
-    assert answer.status_code == 200, answer.text
-    events = [json.loads(event.split("\ndata: ")[1]) for event in answer.text.removesuffix("\n\n").split("\n\n")]
-    assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    for event in events:
-        SDK_EVENT.validate_python(event)
-    return events
+@pytest.fixture(scope="module")
+def settings(injects: bool) -> dict[str, Any]:
+    return {"inject_tools": injects}
 
 
 def named(item: dict[str, Any]) -> tuple[str, str, str]:
@@ -191,12 +141,12 @@ def test_sdk_stream_and_parse(llm: ScriptedLLM, client: openai.OpenAI) -> None:
     assert final.output[0].parsed_arguments == {"city": "Oslo"}
 
 
-def test_auto(llm: ScriptedLLM, url: str, *, told: bool) -> None:
+def test_auto(llm: ScriptedLLM, url: str, *, injects: bool) -> None:
     """A model that was not told of tools cannot mean a call, whatever its answer looks like."""
     llm.script = CALLS
     body = ask(url, tools=[WEATHER, TIME])
     assert llm.chats[0].sampling.grammar is None
-    if told:
+    if injects:
         assert [item["type"] for item in body["output"]] == ["function_call"] * 2
         system = llm.chats[0].turns[0]
         assert system.role == "system"
@@ -225,7 +175,7 @@ def test_auto_in_words(llm: ScriptedLLM, url: str, *, streamed: bool) -> None:
     assert [entry["token"] for entry in content["logprobs"]] == ["0", "1", "2"]
 
 
-def test_words_after_calls(llm: ScriptedLLM, url: str, *, told: bool) -> None:
+def test_words_after_calls(llm: ScriptedLLM, url: str, *, injects: bool) -> None:
     """A call's tokens have no place among the log-probabilities, and must not be told as those of the words."""
     called, tail = (Logprob(token_id=1, token=token, data=b"x", logprob=-1.0) for token in ("call", "done"))
     texts = ('[{"name": "weather", "argu', 'ments": {}}, {"name":"time","arguments":{', "}", "}", "]")
@@ -234,7 +184,7 @@ def test_words_after_calls(llm: ScriptedLLM, url: str, *, told: bool) -> None:
     fields = {"tools": [WEATHER, TIME], "include": ["message.output_text.logprobs"]}
     events = stream(url, **fields)
     output = events[-1]["response"]["output"]
-    if not told:
+    if not injects:
         assert [item["type"] for item in output] == ["message"]
         return
     assert [item["type"] for item in output] == ["function_call", "function_call", "message"]
@@ -308,7 +258,7 @@ def test_a_forced_call_has_no_room_for_a_format(llm: ScriptedLLM, url: str) -> N
     ],
 )
 def test_refused(llm: ScriptedLLM, url: str, fields: dict[str, Any], param: str, code: str) -> None:
-    answer = httpx.post(f"{url}/v1/responses", json={"input": "Hi", **fields})
+    answer = post(url, **fields)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
@@ -316,23 +266,11 @@ def test_refused(llm: ScriptedLLM, url: str, fields: dict[str, Any], param: str,
     assert not llm.chats
 
 
-class Compiling(ScriptedLLM):
-    """Refuses grammars that speak of `bad`, as an engine does that cannot compile them."""
-
-    async def prepare(self, item: ChatInput | PromptInput) -> EngineRequest:
-        grammar = item.sampling.grammar
-        if grammar is not None and "bad" in grammar.source:
-            raise ClientError(f"'{grammar.param}' does not compile", param=grammar.param)
-        return await super().prepare(item)
-
-
 def test_the_tool_at_fault_is_named() -> None:
-    bad = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"bad": {}}}}
-    llm = Compiling()
-    with serving(llm) as url:
+    bad = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {UNCOMPILABLE: {}}}}
+    with serving(ScriptedLLM()) as url:
         for streamed in (False, True):
-            body = {"input": "Hi", "tools": [TIME, bad], "tool_choice": "required", "stream": streamed}
-            error = httpx.post(f"{url}/v1/responses", json=body).json()["error"]
+            error = post(url, tools=[TIME, bad], tool_choice="required", stream=streamed).json()["error"]
             assert error["param"] == "tools[1].parameters"
             assert error["message"] == "'tools[1].parameters' does not compile"
 
