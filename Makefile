@@ -7,13 +7,15 @@ MODEL  ?=
 PORT   ?= 8000
 CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
+HOURS  ?= 0.5
 
-.PHONY: help serve test test-clients check format bench clean
+.PHONY: help serve test test-clients faults soak check format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
 	@echo "make test-clients [VLLM=path] [CLIENTS='openai langchain ...']"
+	@echo "make faults [ARGS='overload ...'] | make soak [HOURS=24]"
 	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +38,12 @@ $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
 
 test-clients: $(VENV)/.installed $(CLIENTS_VENV)/.installed
 	SERVER_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
+
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
+
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --hours $(HOURS) $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/idefics2-server bench --base-url http://127.0.0.1:$(PORT) $(ARGS)

@@ -74,12 +74,13 @@ async def disconnect(bench: Workbench) -> list[Row]:
         await asyncio.sleep(30)
 
     with sabotage.web({"/slow.png": forever}) as origin, bench.sabotaged_server("--max-num-seqs", "4") as server:
+        slow_url = f"http://pictures.example:{origin.port}/slow.png"
         async with clients(server) as http:
-            await _one_round(server, http, origin.url("/slow.png"), random.Random(0), waits=[])
+            await _one_round(server, http, slow_url, random.Random(0), waits=[])
             before = await _idle_state(server, http)
             waits: list[float] = []
             for round_number in range(ROUNDS):
-                await _one_round(server, http, origin.url("/slow.png"), random.Random(round_number), waits)
+                await _one_round(server, http, slow_url, random.Random(round_number), waits)
             after = await _idle_state(server, http)
     names = ("running and waiting", "KV blocks in use", "open files", "threads", "children")
     rows = [
