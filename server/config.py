@@ -103,6 +103,7 @@ class ServerConfig(BaseModel):
     # Who may ask, and for how much.
     api_key: list[str] = Field(
         [],
+        repr=False,
         description="Keys that clients must show, as 'key' or 'name=key'. Everybody on the machine sees flags: better "
         "in the environment or in --api-key-file.",
     )
@@ -110,10 +111,10 @@ class ServerConfig(BaseModel):
         None, description="File with a key a line: 'key', 'name=key', and after it limits of its own."
     )
     max_reqs_per_key: int | None = Field(
-        None, ge=1, le=1 << 20, description="Requests of one key at a time; more are answered 429."
+        None, ge=1, le=1 << 20, description="Requests of one key's name at a time; more are answered 429."
     )
     max_tokens_per_minute_per_key: int | None = Field(
-        None, ge=1, le=1 << 40, description="Tokens of prompts and answers that one key gets in a minute."
+        None, ge=1, le=1 << 40, description="Tokens of prompts and answers that one key's name gets in a minute."
     )
     max_num_queued_reqs: int = Field(
         512, ge=1, le=1 << 20, description="Requests held beyond those running; more are answered 429."
@@ -151,6 +152,12 @@ class ServerConfig(BaseModel):
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("ssl_keyfile and ssl_certfile go together")
         return self
+
+    def shown(self) -> dict[str, Any]:
+        """All settings as they may be logged: what has no place in a repr is masked."""
+        secret = {name for name, field in type(self).model_fields.items() if not field.repr}
+        values = self.model_dump(mode="json")
+        return {name: "***" if name in secret and value else value for name, value in values.items()}
 
 
 _LISTS = {name for name, field in ServerConfig.model_fields.items() if field.default == []}
@@ -195,7 +202,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config: cannot read {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {file} is not YAML: {error}") from None
+        # What the library says of it quotes the file, which may hold keys.
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f": see line {mark.line + 1}"
+        raise ConfigError(f"--config: {file} is not YAML{place}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

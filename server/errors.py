@@ -2,7 +2,8 @@
 
 ServerError
 ├── ClientError           400, the request is at fault
-│   ├── AuthenticationError 401, NotFoundError 404, MethodNotAllowedError 405, TooLargeError 413, MediaTypeError 415
+│   ├── AuthenticationError 401, NotFoundError 404, MethodNotAllowedError 405, TooLargeError 413, MediaTypeError 415,
+│     HeadersTooLargeError 431
 ├── DeadlineError         408, the request's time is over
 ├── CapacityError         429, try again later
 │   └── QuotaError          429, one client's share is used up
@@ -10,7 +11,7 @@ ServerError
 │   └── EngineDeadError   503, the engine is gone
 └── RequestFailedError    500, a step failed for this request alone
 
-ConfigError and CheckpointError stop the start; they never reach a client.
+ConfigError and CheckpointError stop the start, EngineBrokenError ends a running engine; they never reach a client.
 Messages name the parameter, the limit and the value given; they never repeat a payload.
 """
 
@@ -70,6 +71,11 @@ class MediaTypeError(ClientError):
     default_code = "unsupported_media_type"
 
 
+class HeadersTooLargeError(ClientError):
+    status = 431
+    default_code = "headers_too_large"
+
+
 class CapacityError(ServerError):
     status = 429
     type = "rate_limit_error"
@@ -105,3 +111,7 @@ class ConfigError(Exception):
 
 class CheckpointError(Exception):
     """The checkpoint cannot be used; the message names the file or the tensor."""
+
+
+class EngineBrokenError(Exception):
+    """No later step of this engine can succeed; only a new one helps."""

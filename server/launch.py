@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
+import gc
 import hashlib
+import json
 import logging
-import signal
+import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import cast
 
 import torch
-import uvicorn
 import uvloop
 
 from server.admission import Admission
 from server.api.app import build_app
 from server.config import ServerConfig
+from server.connections.listener import open_sockets
+from server.connections.server import CUT_SECONDS, DrainingServer
+from server.connections.tls import tls_context
 from server.demo.checkpoint import ensure_demo, with_processor
-from server.engine.client import EngineClient, ProcessClient, ThreadClient
+from server.engine.client import CoreFactory, ProcessClient, ThreadClient
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.limits import SchedulerLimits
 from server.engine.scheduler import Scheduler
+from server.engine.supervisor import EngineSupervisor
+from server.engine.warm_up import warm_up
 from server.errors import CheckpointError, ConfigError
 from server.grammar.checker import GrammarChecker
 from server.grammar.compiler import GrammarCompiler
@@ -36,6 +39,7 @@ from server.inputs.image_pool import ImagePool
 from server.inputs.images import ImageLoader
 from server.inputs.processor import InputProcessor
 from server.inputs.tokenizer import Tokenizer
+from server.keys import NO_KEYS, KeyRing, load_keys
 from server.llm import AsyncLLM
 from server.model.attention.sdpa import SdpaAttention
 from server.model.config import ModelConfig, load_model_config
@@ -60,7 +64,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
 
 
-CUT_SECONDS = 5  # what clients get to read the last event of a stream that was ended
 DRAIN_POLL_SECONDS = 0.05
 
 
@@ -92,7 +95,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_core(config: ServerConfig, folder: Path) -> EngineCore:
-    """Load the model and put an engine around it. Runs in the engine's own thread or process."""
+    """Load the model, put an engine around it and warm it up. Runs in the engine's own thread or process."""
     started = time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -154,6 +157,11 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
         num_tile_slots=config.encoder_cache_tiles,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    longest_step_seconds = 0.0
+    if config.warm_up:
+        longest_step_seconds = warm_up(
+            limits, runner, tile_edge=model_config.images.longest_edge, rows_per_tile=model_config.perceiver.num_latents
+        )
     info = EngineInfo(
         max_model_len=max_model_len,
         num_blocks=num_blocks,
@@ -163,8 +171,16 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         load_seconds=time.perf_counter() - started,
+        longest_step_seconds=longest_step_seconds,
     )
+    keep_startup_objects()
     return EngineCore(Scheduler(limits), runner, info)
+
+
+def keep_startup_objects() -> None:
+    """Take all that exists now out of garbage collection, which needs a tenth of a second to go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @torch.inference_mode()
@@ -192,9 +208,14 @@ def _vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> VocabularySpec:
     )
 
 
-def build_client(config: ServerConfig, folder: Path) -> EngineClient:
-    factory = functools.partial(build_core, config, folder)
-    return ProcessClient(factory) if config.engine_client == "process" else ThreadClient(factory)
+def build_engines(config: ServerConfig, factory: CoreFactory) -> EngineSupervisor:
+    """What starts an engine of `factory` whenever there is none."""
+    client = ProcessClient if config.engine_client == "process" else ThreadClient
+    return EngineSupervisor(
+        functools.partial(client, factory),
+        stall_seconds=config.engine_stall_seconds,
+        max_restarts=config.max_engine_restarts,
+    )
 
 
 def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> InputProcessor:
@@ -216,12 +237,21 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
         rows_per_tile=model.perceiver.num_latents,
         eos_token_ids=model.eos_token_ids,
         max_images=config.max_images,
+        share_caches_between_keys=config.share_caches_between_keys,
     )
 
 
 def _build_images(config: ServerConfig, model: ModelConfig, metrics: ServerMetrics) -> ImageLoader:
+    try:
+        fetcher = ImageFetcher(
+            max_bytes=config.max_image_bytes,
+            timeout=config.image_fetch_timeout,
+            allowed_domains=config.allowed_media_domains,
+        )
+    except ValueError as error:
+        raise ConfigError(f"allowed_media_domains: {error}") from None
     return ImageLoader(
-        ImageFetcher(max_bytes=config.max_image_bytes, timeout=config.image_fetch_timeout),
+        fetcher,
         ImagePool(
             config.image_workers,
             config.image_decode_timeout,
@@ -236,10 +266,10 @@ def _build_images(config: ServerConfig, model: ModelConfig, metrics: ServerMetri
     )
 
 
-def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> AsyncLLM:
+def build_llm(config: ServerConfig, keys: KeyRing = NO_KEYS, *, factory: CoreFactory | None = None) -> AsyncLLM:
     """Everything but HTTP. Fails early, with one line, on a checkpoint or a configuration that cannot work.
 
-    `client` leads to another engine than the configured one.
+    `factory` makes another engine than the checkpoint's.
     """
     folder = resolve_folder(config)
     choose_device(config.device)
@@ -252,8 +282,9 @@ def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> As
         admission=Admission(
             max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
             max_queued_tokens=config.max_num_queued_tokens,
+            key_limits=keys.limits,
         ),
-        client=client or build_client(config, folder),
+        engines=build_engines(config, factory or functools.partial(build_core, config, folder)),
         inputs=inputs,
         outputs=OutputProcessor(_token_table(inputs.tokenizer), metrics),
         metrics=metrics,
@@ -264,64 +295,38 @@ def build_llm(config: ServerConfig, *, client: EngineClient | None = None) -> As
     )
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which goes on listening after SIGTERM or SIGINT until `should_exit` is set: uvicorn would
-    close its sockets at once, and raise the signal a second time.
-
-    `leaving` is set by the first of them; a second one ends the server at once.
-    """
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.leaving = asyncio.Event()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.leaving.is_set():
-            super().handle_exit(sig, frame)
-        self.leaving.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.handle_exit, number, None)
-        yield
-
-
 def serve(config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Liveness answers while the model loads. Raises ConfigError or CheckpointError."""
     configure_logging()
-    return run_server(config, build_llm(config))
+    logger.info("configuration: %s", json.dumps(config.shown()))
+    keys = load_keys(config)
+    config = config.model_copy(update={"api_key": []})  # from here on, and in the engine's process, nobody needs them
+    return run_server(config, build_llm(config, keys), keys)
 
 
-def run_server(config: ServerConfig, llm: AsyncLLM) -> int:
-    """Serve an engine that has not been started yet, until SIGTERM or SIGINT."""
-    app = build_app(llm, config)
-    server = DrainingServer(
-        uvicorn.Config(
-            app,
-            host=config.host,
-            port=config.port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            # Ours ends open streams with an error event first; uvicorn would cut them.
-            timeout_graceful_shutdown=int(config.shutdown_timeout) + CUT_SECONDS,
-        )
-    )
-    return uvloop.run(_serve(llm, server, config.shutdown_timeout))
+def run_server(config: ServerConfig, llm: AsyncLLM, keys: KeyRing = NO_KEYS) -> int:
+    """Serve an engine that has not been started yet, until SIGTERM or SIGINT. Raises ConfigError."""
+    tls = tls_context(config)
+    app = build_app(llm, config, keys)
+    app.openapi()  # the page and the routes, which else are made by the first request, while others wait
+    server = DrainingServer(app, config, metrics=llm.metrics, tls=tls)
+    keep_startup_objects()
+    sockets = open_sockets(config.host, config.port)
+    return uvloop.run(_serve(llm, server, sockets, config.shutdown_timeout))
 
 
-async def _serve(llm: AsyncLLM, server: DrainingServer, shutdown_timeout: float) -> int:
+async def _serve(llm: AsyncLLM, server: DrainingServer, sockets: list[socket.socket], shutdown_timeout: float) -> int:
     loading = asyncio.create_task(_load(llm, server))
     draining = asyncio.create_task(_drain(llm, server, shutdown_timeout))
     try:
-        await server.serve()
+        await server.serve(sockets)
     finally:
         draining.cancel()
+        loading.cancel()
+        await asyncio.wait([loading])
         await llm.close()
     await loading
-    return 0
+    return server.exit_status
 
 
 async def _drain(llm: AsyncLLM, server: DrainingServer, seconds: float) -> None:
@@ -331,11 +336,14 @@ async def _drain(llm: AsyncLLM, server: DrainingServer, seconds: float) -> None:
     """
     await server.leaving.wait()
     llm.drain()
+    logger.info("leaving: %d requests get up to %g s to finish", llm.num_in_flight, seconds)
     deadline = time.monotonic() + seconds
-    while llm.num_in_flight and time.monotonic() < deadline and not server.should_exit:  # noqa: ASYNC110 - rare
+    while llm.num_in_flight and time.monotonic() < deadline and not server.in_haste:  # noqa: ASYNC110 - rare
         await asyncio.sleep(DRAIN_POLL_SECONDS)
+    if llm.num_in_flight:
+        logger.warning("leaving: %d requests are ended", llm.num_in_flight)
     llm.end_all()
-    server.should_exit = True
+    server.leave(CUT_SECONDS if server.in_haste else max(deadline - time.monotonic(), 0) + CUT_SECONDS)
 
 
 async def _load(llm: AsyncLLM, server: DrainingServer) -> None:
@@ -345,7 +353,7 @@ async def _load(llm: AsyncLLM, server: DrainingServer) -> None:
     except BaseException:
         if server.leaving.is_set():
             return  # stopped by the operator while loading
-        server.should_exit = True
+        server.leave(CUT_SECONDS)
         raise
     logger.info(
         "ready: %s, %.0f M parameters in %s on %s, %.1f s; context %d, %d KV blocks of %d tokens, %d tile slots",

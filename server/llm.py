@@ -10,18 +10,28 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 from server.admission import Admission
 from server.engine.client import EngineClient
 from server.engine.core import AbortRequests, EngineInfo
+from server.engine.supervisor import EngineListener, EngineLoss, EngineSupervisor
 from server.errors import CapacityError, DeadlineError, EngineDeadError, UnavailableError
 from server.inputs.processor import InputProcessor
 from server.observability.loop_lag import LoopLag
 from server.observability.metrics import ServerMetrics
 from server.outputs.processor import OutputProcessor
 from server.outputs.response import ResponseStream
-from server.types import ChatInput, EngineOutputs, EngineRequest, PromptInput, RequestOrigin, RequestOutput
+from server.types import (
+    ChatInput,
+    EngineOutputs,
+    EngineRequest,
+    PromptInput,
+    RequestOrigin,
+    RequestOutput,
+    StepStats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +39,22 @@ VERSION = "0.1.0"
 
 # Waiting prompts are worth so many full contexts unless the operator says otherwise.
 QUEUED_CONTEXTS = 8
+# Until somebody else has restarted a server that has given up.
+DEAD_RETRY_SECONDS = 5.0
 
 
 class AsyncLLM:
-    """Everything a front end needs of an engine. Lives in one event loop, between `start` and `close`."""
+    """Everything a front end needs of an engine. Lives in one event loop, between `start` and `close`.
+
+    Engines come and go. While there is none, what has come in waits for the next one, as far as no engine has told
+    anything of it; what comes new is refused.
+    """
 
     def __init__(
         self,
         *,
         admission: Admission,
-        client: EngineClient,
+        engines: EngineSupervisor,
         inputs: InputProcessor,
         outputs: OutputProcessor,
         metrics: ServerMetrics,
@@ -54,12 +70,13 @@ class AsyncLLM:
         self.system_fingerprint = f"idefics2-server-{VERSION}-{fingerprint}"
         self.metrics = metrics
         self._loop_lag = LoopLag(metrics)
-        self._client = client
+        self._engines = engines
         self._inputs = inputs
         self._outputs = outputs
         self._admission = admission
-        self._info: EngineInfo | None = None
-        self._death: str | None = None
+        self._engine: EngineClient | None = None  # the one that takes requests now
+        self._info: EngineInfo | None = None  # of that one, or of the last
+        self._loss: EngineLoss | None = None  # of the last one, until there is another
         self._draining = False
         self._closed = False
 
@@ -70,23 +87,18 @@ class AsyncLLM:
         self._loop_lag.start()
         loop = asyncio.get_running_loop()
 
-        def on_outputs(outputs: EngineOutputs) -> None:
-            loop.call_soon_threadsafe(self._on_outputs, outputs)
+        def in_loop(callback: Callable[..., None]) -> Callable[..., None]:
+            def hand_over(*args: Any) -> None:
+                loop.call_soon_threadsafe(callback, *args)
 
-        def on_death(reason: str) -> None:
-            loop.call_soon_threadsafe(self._on_death, reason)
+            return hand_over
 
         await self._inputs.start()
-        info = self._info = await asyncio.to_thread(self._client.start, on_outputs, on_death)
-        if self._admission.max_queued_tokens is None:
-            self._admission.max_queued_tokens = QUEUED_CONTEXTS * info.max_model_len
-        self.metrics.record_engine(
-            max_model_len=info.max_model_len,
-            num_blocks=info.num_blocks,
-            block_size=info.block_size,
-            num_tile_slots=info.num_tile_slots,
+        listener = EngineListener(
+            on_outputs=in_loop(self._on_outputs), on_ready=in_loop(self._on_ready), on_lost=in_loop(self._on_lost)
         )
-        return info
+        await asyncio.to_thread(self._engines.start, listener)
+        return self.info
 
     def drain(self) -> None:
         """Refuse new work; what was accepted goes on."""
@@ -102,7 +114,7 @@ class AsyncLLM:
         self.end_all()
         self._loop_lag.stop()
         await self._inputs.close()
-        await asyncio.to_thread(self._client.close)
+        await asyncio.to_thread(self._engines.close)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -118,11 +130,17 @@ class AsyncLLM:
 
     @property
     def is_alive(self) -> bool:
-        return self._death is None
+        """Whether there is, or will be, an engine."""
+        return self._loss is None or self._loss.back_at is not None
+
+    @property
+    def has_started(self) -> bool:
+        """Whether it has ever been ready."""
+        return self._info is not None
 
     @property
     def is_ready(self) -> bool:
-        return self._info is not None and self.is_alive and not self._draining
+        return self._engine is not None and not self._draining
 
     @property
     def num_in_flight(self) -> int:
@@ -148,10 +166,16 @@ class AsyncLLM:
         if self._draining:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
         _ = self.info  # refuses while loading
+        if self._loss is not None:
+            raise EngineDeadError(
+                "the engine has stopped and is being restarted",
+                code="engine_restarting",
+                retry_after=self._seconds_until_back(self._loss),
+            )
 
     def _check_open(self) -> None:
-        if self._death is not None:
-            raise EngineDeadError("the engine is not running", retry_after=5.0)
+        if not self.is_alive:
+            raise EngineDeadError("the engine is not running", retry_after=DEAD_RETRY_SECONDS)
         if self._closed:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
 
@@ -178,16 +202,17 @@ class AsyncLLM:
         """
         self._check_open()  # much may have happened while the requests were prepared
         num_answers = sum(len(request.choice_ids) for request in requests)
-        with self._counting_refusals():
-            self._admission.check_answers(num_answers)
         origin = requests[0].origin
+        with self._counting_refusals():  # others may have come in since these were prepared
+            self._admission.check(origin.key)
+            self._admission.check_answers(num_answers)
         wake = asyncio.Event()
         response = self._outputs.open(requests, wake.set)
         with self._admission.hold(origin.key, answers=num_answers) as hold, self._until(origin.deadline, response):
             try:
                 hold.wait(sum(len(request.prompt_token_ids) for request in requests), check=False)
                 for request in requests:
-                    self._client.submit(request)
+                    self._submit(request)
                 while True:
                     output = response.take()
                     if output is None:
@@ -205,7 +230,7 @@ class AsyncLLM:
                 self._admission.charge(origin.key, response.num_computed_tokens)
                 unfinished = self._outputs.close(response)
                 if unfinished:
-                    self._abort(unfinished)
+                    self._submit(AbortRequests(unfinished))
 
     @contextlib.contextmanager
     def _until(self, deadline: float, response: ResponseStream) -> Iterator[None]:
@@ -220,9 +245,11 @@ class AsyncLLM:
             if timer is not None:
                 timer.cancel()
 
-    def _abort(self, request_ids: list[str]) -> None:
-        with contextlib.suppress(EngineDeadError):  # then nothing is left to abort in
-            self._client.submit(AbortRequests(request_ids))
+    def _submit(self, message: EngineRequest | AbortRequests) -> None:
+        """Tell the engine, if there is one. Whoever waits for another is submitted to that."""
+        if self._engine is not None:
+            with contextlib.suppress(EngineDeadError):  # `_on_lost` is on its way
+                self._engine.submit(message)
 
     # -- words and ids -------------------------------------------------------------------------------------------
 
@@ -251,17 +278,42 @@ class AsyncLLM:
 
     # -- from the engine -----------------------------------------------------------------------------------------
 
+    def _on_ready(self, engine: EngineClient, info: EngineInfo) -> None:
+        self._engine, self._info, self._loss = engine, info, None
+        if self._admission.max_queued_tokens is None:
+            self._admission.max_queued_tokens = QUEUED_CONTEXTS * info.max_model_len
+        self.metrics.record_engine(
+            max_model_len=info.max_model_len,
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            num_tile_slots=info.num_tile_slots,
+        )
+        self.metrics.record_engine_up(True)
+        for request in self._outputs.untold:
+            self._submit(request)
+
     def _on_outputs(self, outputs: EngineOutputs) -> None:
         if outputs.stats.num_prompt_tokens:
             self._admission.note_computed(outputs.stats.num_prompt_tokens)
         ended_here = self._outputs.process(outputs)
         if ended_here:
-            self._abort(ended_here)
+            self._submit(AbortRequests(ended_here))
 
-    def _on_death(self, reason: str) -> None:
-        logger.error("engine death: %s", reason)
-        self._death = reason
-        self._outputs.fail_all(EngineDeadError("the engine stopped while computing this request", retry_after=5.0))
+    def _on_lost(self, loss: EngineLoss) -> None:
+        had_engine = self._engine is not None
+        self._engine, self._loss = None, loss
+        self.metrics.record_engine_up(False)
+        self.metrics.record_step(StepStats())  # nothing runs or waits there any more
+        if loss.back_at is not None:
+            self.metrics.record_engine_restart(loss.cause)
+        if had_engine:
+            self._outputs.lose_engine(retry_after=self._seconds_until_back(loss))
+        if not self.is_alive:
+            self._outputs.fail_all(EngineDeadError("the engine is not running", retry_after=DEAD_RETRY_SECONDS))
+
+    @staticmethod
+    def _seconds_until_back(loss: EngineLoss) -> float:
+        return DEAD_RETRY_SECONDS if loss.back_at is None else max(loss.back_at - time.monotonic(), 1.0)
 
 
 def _seconds_until(deadline: float) -> float | None:

@@ -248,7 +248,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     `stop_token_id` is the id that ended it (EOS or one of `stop_token_ids`), which is also the last of
     `new_token_ids`. `queue_seconds` is set until the first token is out. `logprobs` has an entry for each
     new token, if asked for. `prompt_logprobs` are those of the prompt's second token and on, in order, as they are
-    computed; an output may have nothing else.
+    computed; an output may have nothing else. With an `error_code`, the `error` is none of the request's own: the same
+    may succeed later.
     """
 
     request_id: str
@@ -261,13 +262,15 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
     error: str | None = None
+    error_code: str | None = None
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Plain numbers about one engine step. Gauges are values now; the rest counts this step alone.
 
     `num_held` of the `num_waiting` wait for something else than room: a grammar, or a prompt that they share.
-    `prefix_queries` and `prefix_hits` count tokens, `tile_queries` and `tile_hits` tiles; durations are seconds.
+    `num_computed_tokens` are all that went through the model, also those computed before and lost. `prefix_queries`
+    and `prefix_hits` count tokens, `tile_queries` and `tile_hits` tiles; durations are seconds.
     """
 
     num_running: int = 0
@@ -275,6 +278,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_held: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
+    num_computed_tokens: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
@@ -288,10 +292,14 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """One step's results, handed over as a batch."""
+    """One step's results, handed over as a batch.
+
+    `started` are answers on which work is about to begin, told before: one of them may end the engine.
+    """
 
     outputs: list[EngineOutput]
     stats: StepStats
+    started: list[str] = []
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from server.config import ServerConfig
 from server.engine.core import EngineCore
-from server.inputs.image_processor import make_tiles
 from server.launch import build_core
 from server.runner.input_batch import RequestState
 from server.runner.model_runner import ModelRunner
 from server.runner.sampler import Sampler
 from server.types import EngineRequest, FinishReason, ImageSettings, Tile
+from tests.inputs.pictures import make_tiles
 
 
 class RecordingSampler(Sampler):

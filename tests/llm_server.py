@@ -10,7 +10,9 @@ from typing import cast
 from server.admission import Admission
 from server.config import ServerConfig
 from server.engine.client import EngineClient, ThreadClient
+from server.engine.core import EngineCore
 from server.engine.step import ModelRunnerOutput, SchedulerOutput
+from server.engine.supervisor import EngineSupervisor
 from server.llm import AsyncLLM
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
@@ -73,13 +75,14 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Server:
-    """An AsyncLLM with its parts at hand."""
+    """An AsyncLLM with its parts at hand. Its engine is not restarted, unless `cores` makes one each time."""
 
     def __init__(
         self,
         *,
         executor: FakeExecutor | None = None,
         client: EngineClient | None = None,
+        cores: Callable[[], EngineCore] | None = None,
         limits: dict[str, int] | None = None,
         **settings: object,
     ) -> None:
@@ -90,14 +93,17 @@ class Server:
         self.inputs = FakeInputs()
         metrics = ServerMetrics("test")
         self.outputs = OutputProcessor(TABLE, metrics)
-        self.client = client or ThreadClient(lambda: self.core)
         config = ServerConfig(**settings)  # type: ignore[arg-type]
         self.llm = AsyncLLM(
             admission=Admission(
                 max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
                 max_queued_tokens=config.max_num_queued_tokens,
             ),
-            client=self.client,
+            engines=EngineSupervisor(
+                (lambda: ThreadClient(cores)) if cores else (lambda: client or ThreadClient(lambda: self.core)),
+                stall_seconds=config.engine_stall_seconds,
+                max_restarts=config.max_engine_restarts if cores else 0,
+            ),
             inputs=self.inputs,  # type: ignore[arg-type]
             outputs=self.outputs,
             metrics=metrics,

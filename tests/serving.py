@@ -38,6 +38,14 @@ class Server:
         assert samples, f"no metric {name}"
         return sum(float(value) for found, value in samples if labels in found)
 
+    @property
+    def engine_pid(self) -> int:
+        """Of the process that the engine runs in; the others that a server starts are of other kinds."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        children = [int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()]
+        (pid,) = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return pid
+
     def wait_until_idle(self, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
         while self.metric("num_requests_running") + self.metric("num_requests_waiting") > 0:

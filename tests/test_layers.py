@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent / "server"
 # From the top down. A module may import its own package and anything in a lower layer; the roots may import each
 # other, and so may the ground.
 LAYERS = [
-    {"cli", "__main__", "launch", "batch", "bench", "demo"},
+    {"cli", "__main__", "launch", "connections", "batch", "bench", "demo"},
     {"api"},
     {"llm"},
     {"inputs", "outputs", "engine", "admission"},
     {"runner"},
     {"model", "grammar"},
-    {"config", "types", "errors", "sandbox", "observability"},
+    {"config", "types", "errors", "keys", "sandbox", "observability"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
@@ -33,9 +33,10 @@ OWNERS = {
     "starlette": {"api"},
     "sse_starlette": {"api"},
     "prometheus_client": {"observability"},
-    "uvicorn": {"launch"},
+    "uvicorn": {"connections"},
+    "httptools": {"connections", "bench"},
     "torch": {"launch", "runner", "model", "demo"},
-    "asyncio": {"launch", "api", "llm", "inputs", "grammar", "observability", "batch", "bench"},
+    "asyncio": {"launch", "connections", "api", "llm", "inputs", "grammar", "observability", "batch", "bench"},
     "httpx": {"inputs", "batch", "bench", "model"},
     "PIL": {"inputs", "bench"},
     "jinja2": {"inputs"},

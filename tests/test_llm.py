@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from server.engine.client import ThreadClient
+from server.engine.client import ThreadClient, ToRunning
 from server.engine.core import AbortRequests, EngineCore, EngineInfo
 from server.engine.step import ModelRunnerOutput, SchedulerOutput
 from server.errors import (
@@ -19,7 +19,7 @@ from server.errors import (
     ServerError,
     UnavailableError,
 )
-from server.types import ANYBODY, EngineRequest, FinishReason, RequestOutput
+from server.types import ANYBODY, FinishReason, RequestOutput
 from tests.factories import FakeExecutor, expected_answer, make_core, make_request
 from tests.llm_server import CHAT, GatedExecutor, Server, collect, run, until, words
 
@@ -221,7 +221,7 @@ class CountingClient(ThreadClient):
         super().__init__(factory)
         self.aborts: list[str] = []
 
-    def submit(self, message: EngineRequest | AbortRequests) -> None:
+    def submit(self, message: ToRunning) -> None:
         if isinstance(message, AbortRequests):
             self.aborts += message.request_ids
         super().submit(message)
@@ -505,17 +505,23 @@ class DyingClient:
     """An engine that is gone, while its process or thread still counts as alive: messages go nowhere."""
 
     def __init__(self) -> None:
-        self.on_death: Callable[[str], None] | None = None
+        self.on_death: Callable[[], None] | None = None
 
-    def start(self, on_outputs: object, on_death: Callable[[str], None]) -> EngineInfo:
+    def start(self, on_outputs: object, on_death: Callable[[], None], *, timeout: float | None = None) -> EngineInfo:
         self.on_death = on_death
         return make_core().info
 
-    def submit(self, message: EngineRequest | AbortRequests) -> None:
+    def submit(self, message: ToRunning) -> None:
         """Take it, as a queue does whose reader has left."""
 
-    def close(self) -> None:
-        """Nothing to stop."""
+    def cpu_seconds(self) -> float | None:
+        return None
+
+    def kill(self) -> bool:
+        return False
+
+    def close(self) -> str:
+        return "it is gone"
 
 
 def test_a_request_that_was_in_preparation_when_the_engine_died_fails() -> None:
@@ -524,9 +530,8 @@ def test_a_request_that_was_in_preparation_when_the_engine_died_fails() -> None:
     async def scenario(server: Server) -> None:
         request = await server.llm.prepare(CHAT)
         assert client.on_death is not None
-        client.on_death("gone")
-        await asyncio.sleep(0.01)
-        assert not server.llm.is_alive
+        client.on_death()
+        await until(lambda: not server.llm.is_alive)
         async with asyncio.timeout(0.5):
             with pytest.raises(EngineDeadError):
                 await collect(server.llm, request)
@@ -541,7 +546,7 @@ def test_an_open_stream_fails_when_the_engine_is_gone() -> None:
         task = asyncio.ensure_future(collect(server.llm, make_request(8)))
         await asyncio.sleep(0.01)
         assert client.on_death is not None
-        client.on_death("gone")
+        client.on_death()
         with pytest.raises(EngineDeadError):
             await task
 

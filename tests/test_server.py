@@ -365,6 +365,8 @@ def test_a_start_that_cannot_work_says_why_in_one_line(tiny_checkpoint: Path, tm
     cases = [
         (run_cli("serve", "--config", str(config)), "unknown key 'max_num_seq'; did you mean 'max_num_seqs'?"),
         (run_cli("serve", IDEFICS2_PROT="1"), "environment: unknown key 'prot'"),
+        (run_cli("serve", "--prot", "1"), "unrecognized arguments: --prot"),
+        (run_cli("serve", "--api-key-file", str(config)), f"{config}:1: behind the key"),
         (run_cli("serve", str(empty)), "config.json"),
         (run_cli("serve", "nobody/nothing"), "nobody/nothing"),
         (run_cli("serve", str(tiny_checkpoint), "--max-model-len", "65536"), "more than the model's 32768"),

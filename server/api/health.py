@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from server.llm import AsyncLLM
 
 
+LOADING_RETRY_SECONDS = 5.0
+
+
 class Health(BaseModel):
     status: str = "ok"
 
@@ -35,7 +38,10 @@ def health_router(llm: AsyncLLM, *, version: str) -> APIRouter:
     @router.head("/health/live", include_in_schema=False)
     @router.get("/health/live", responses=unavailable)
     async def live() -> Health:
-        """503: the engine makes no progress any more, so restart it. A server that drains is alive."""
+        """503: there is no engine, nor will there be one, so restart the server.
+
+        One that loads, restarts its engine or drains is alive.
+        """
         if not llm.is_alive:
             raise EngineDeadError("the engine is not running")
         return Health()
@@ -52,8 +58,16 @@ def health_router(llm: AsyncLLM, *, version: str) -> APIRouter:
         if not llm.is_alive:
             raise EngineDeadError("the engine is not running")
         if not llm.is_ready:
-            llm.check_ready()  # knows whether it is loading or draining, and says so
+            llm.check_ready()  # knows whether it is loading, restarting its engine or draining, and says so
             raise UnavailableError("the server is loading its model or shutting down")
+        return Health()
+
+    @router.head("/health/startup", include_in_schema=False)
+    @router.get("/health/startup", responses=unavailable)
+    async def startup() -> Health:
+        """503 until the server is ready for the first time; then 200 for ever."""
+        if not llm.has_started:
+            raise UnavailableError("the model is still loading", code="model_loading", retry_after=LOADING_RETRY_SECONDS)
         return Health()
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

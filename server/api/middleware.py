@@ -6,7 +6,6 @@ Pure ASGI, because anything between a stream and its socket costs once a token.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
@@ -18,7 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, internal_error
-from server.errors import TooLargeError
+from server.api.origin import KEY_NAME
+from server.api.refusal import refuse
+from server.errors import DeadlineError, TooLargeError
 from server.observability.logs import bind_request_id
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ access_logger = logging.getLogger("server.access")
 
 # Not sent by any server: the client left before the answer was complete.
 CLIENT_CLOSED_REQUEST = 499
-
-# How long a client that is refused may go on sending, so that it gets to read why.
-LINGER_SECONDS = 5.0
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -66,15 +64,19 @@ class RequestMiddleware:
 
     def _record(self, scope: Scope, exchange: _Exchange) -> None:
         seconds = time.perf_counter() - exchange.started
-        status = CLIENT_CLOSED_REQUEST if exchange.disconnected else exchange.status or 500
+        # An error is told in one piece, so that whoever leaves behind it has had it.
+        has_left = exchange.disconnected and exchange.status < 400
+        status = CLIENT_CLOSED_REQUEST if has_left else exchange.status or 500
+        key = scope.get(KEY_NAME, "")
         # The route's template and known methods only: a client must not be able to make new time series.
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.record_http(handler=route, method=method, status=status, seconds=seconds)
-        level = logging.DEBUG if scope["path"].startswith(_QUIET_PATHS) and status < 500 else logging.INFO
+        self._metrics.record_http(handler=route, method=method, status=status, seconds=seconds, key=key)
+        level = logging.DEBUG if scope["path"].startswith(_QUIET_PATHS) and status < 400 else logging.INFO
         # The raw path is percent-encoded, so nothing in it can end the line.
         path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
-        access_logger.log(level, "%s %s %d %.0fms", method, path, status, seconds * 1000)
+        asked_by = f" by {key}" if key else ""
+        access_logger.log(level, "%s %s %d %.0fms%s", method, path, status, seconds * 1000, asked_by)
 
 
 class _Exchange:
@@ -112,11 +114,14 @@ class _Exchange:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over `max_bytes`, by their Content-Length or, where that is missing, while they are read."""
+    """Refuses bodies over `max_bytes`, by their Content-Length or, where that is missing, while they are read; and
+    those that take longer than `seconds` from the first read to their end.
+    """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, seconds: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,39 +129,58 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            await refuse(self._too_large(), scope, receive, send)
             return
-        num_bytes = 0
-
-        async def counted_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise _BodyTooLarge
-            return message
-
+        body = _LimitedBody(receive, self._max_bytes, self._seconds)
         try:
-            await self._app(scope, counted_receive, send)
+            await self._app(scope, body.receive, send)
         except _BodyTooLarge:
-            await self._refuse(scope, receive, send)
+            await refuse(self._too_large(), scope, receive, send)
+        except _BodyTooSlow:
+            error = DeadlineError(f"the body of the request did not arrive within {self._seconds:g} seconds")
+            await refuse(error, scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer at once, then go on reading for a while, as closing on unread data would destroy the answer."""
-        limit = self._max_bytes / (1 << 20)
-        message = f"the body is larger than the limit of {limit:g} MiB"
-        answer = error_response(TooLargeError(message), headers={"connection": "close"})
-        await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
-        await send({"type": "http.response.body", "body": answer.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while (await receive()).get("more_body", False):
-                    pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"the body is larger than the limit of {self._max_bytes / (1 << 20):g} MiB")
+
+
+class _LimitedBody:
+    """What is received of one request."""
+
+    def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+        self._num_bytes = 0
+        self._deadline = 0.0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        if self._complete:  # then it is a disconnect that is waited for, and that has no limit
+            return await self._receive()
+        if not self._deadline:
+            self._deadline = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise _BodyTooSlow from None
+        self._complete = not message.get("more_body", False)
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise _BodyTooLarge
+        return message
+
+
+# Not ServerErrors: those are answered further in, where the connection cannot be closed with care.
 
 
 class _BodyTooLarge(Exception):  # noqa: N818 - never leaves this module
-    """Not a ServerError: those are answered further in, where the connection cannot be closed with care."""
+    pass
+
+
+class _BodyTooSlow(Exception):  # noqa: N818 - never leaves this module
+    pass
 
 
 def _request_id(headers: Headers) -> str:

@@ -34,7 +34,7 @@ class JsonSchemaFormat(Body):
     """`strict` and `description` change nothing here: a schema is always kept to, and the model never sees it."""
 
     name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
+    description: str | None = Field(None, max_length=MAX_SOURCE_BYTES)
     schema_: Any = Field(None, alias="schema", json_schema_extra=_SCHEMA_FIELD)
     strict: bool | None = None
 
@@ -58,7 +58,7 @@ class StructuredOutputs(Body):
     json_object: bool = False
     structural_tag: Any = Field(None, description="Not supported.")
     disable_any_whitespace: bool = False
-    whitespace_pattern: str | None = None
+    whitespace_pattern: str | None = Field(None, max_length=MAX_SOURCE_BYTES)
 
 
 class TaggedGrammar(Body):
@@ -104,6 +104,7 @@ def schema_source(schema: object, param: str) -> str:
             raise invalid_value(param, "must be a JSON schema, but is not valid JSON") from None
     if not isinstance(schema, dict | bool):
         raise invalid_type(param, "a JSON schema: an object, true or false")
+    _check_least_size(schema, param)
     try:
         source = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except ValueError:  # a number that is too large for a float
@@ -116,6 +117,22 @@ def check_size(source: str, param: str) -> None:
     size = len(source.encode())
     if size > MAX_SOURCE_BYTES:
         raise invalid_value(param, f"must have at most {MAX_SOURCE_BYTES} bytes, but has {size}")
+
+
+def _check_least_size(value: object, param: str) -> None:
+    """Refuse what cannot be written within the bound, before it is written: each value takes a byte at least."""
+    size = 0
+    pending = [value]
+    while pending:
+        if size + len(pending) > MAX_SOURCE_BYTES:
+            least = size + len(pending)
+            raise invalid_value(param, f"must have at most {MAX_SOURCE_BYTES} bytes, but has at least {least}")
+        value = pending.pop()
+        size += len(value) if isinstance(value, str) else 1
+        if isinstance(value, list):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
 
 
 def response_format_spec(given: ResponseFormat, param: str = "response_format") -> GrammarSpec | None:
@@ -211,6 +228,7 @@ def _regex(expression: object, param: str, path: str | None = None) -> GrammarSp
 
 
 def _choice(choices: list[str], param: str) -> GrammarSpec:
+    _check_least_size(choices, param)
     source = json.dumps(choices, ensure_ascii=False, separators=(",", ":"))
     check_size(source, param)
     return GrammarSpec("choice", source, param)

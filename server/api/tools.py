@@ -7,6 +7,8 @@ model to know of them: as text before the conversation, and only where the opera
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pydantic import Field
 
 from server.api.errors import invalid_value
 from server.api.protocol import Body
-from server.api.structured import check_size, schema_source
+from server.api.structured import MAX_SOURCE_BYTES, check_size, schema_source
 from server.api.tool_calls import CallArrayParser, CallParser, NamedCallParser
 from server.errors import ClientError
 from server.types import ChatInput, EngineRequest, GrammarSpec, PromptInput, SamplingParams, TextPart, Turn
@@ -28,6 +30,8 @@ ChoiceMode = Literal["none", "auto", "required", "named"]
 
 MAX_TOOLS = 128
 MAX_PARALLEL_CALLS = 16
+# Each function may take as long to try as a request may; looking for the one at fault is a courtesy.
+_SUSPECTS_SECONDS = 2.0
 
 # A function without parameters takes none.
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -50,7 +54,7 @@ Answer with its arguments as a JSON object and nothing else."""
 class FunctionDefinition(Body):
     # OpenAI allows no dots and colons, but those who name functions after their server send them.
     name: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.:-]+$")
-    description: str = ""
+    description: str = Field("", max_length=MAX_SOURCE_BYTES)
     parameters: dict[str, Any] = Field(
         default=_NO_ARGUMENTS, description="A JSON schema of type 'object'. Absent: there are none."
     )
@@ -82,6 +86,7 @@ class ToolPlan:
         if self.mode == "named":
             return self.suspects()[[function.name for function in self.functions].index(self.name)]
         schemas = [function_schema(function, self.path(index)) for index, function in enumerate(self.functions)]
+        check_size("".join(map(_dumps, schemas)), "tools")  # before more is made of them
         source = _dumps(_calls_schema(self.functions, schemas, self.max_calls))
         check_size(source, "tools")
         # With one function there is no doubt whose parameters are at fault.
@@ -133,10 +138,17 @@ async def prepare_with_tools(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan | N
         return await llm.prepare(chat)
     except ClientError as error:
         if tools is not None and error.param == "tools":
-            for grammar in tools.suspects():  # raises for the first that does not compile by itself
-                alone = SamplingParams(max_tokens=1, grammar=grammar)
-                await llm.prepare(PromptInput(request_id="tools", prompt="?", sampling=alone, origin=chat.origin))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SUSPECTS_SECONDS):
+                    await _try_each(llm, chat, tools)
         raise
+
+
+async def _try_each(llm: AsyncLLM, chat: ChatInput, tools: ToolPlan) -> None:
+    """Raises ClientError for the first function that does not compile by itself."""
+    for grammar in tools.suspects():
+        alone = SamplingParams(max_tokens=1, grammar=grammar)
+        await llm.prepare(PromptInput(request_id="tools", prompt="?", sampling=alone, origin=chat.origin))
 
 
 def function_schema(function: FunctionDefinition, path: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 from server.config import ServerConfig
-from server.engine.client import ProcessClient
 from server.engine.core import EngineCore, EngineInfo
 from server.engine.limits import SchedulerLimits
 from server.engine.scheduler import Scheduler
@@ -84,5 +83,5 @@ def build_canned_core(step_seconds: float, max_num_seqs: int) -> EngineCore:
 def serve_canned(*, port: int, step_seconds: float, max_num_seqs: int) -> int:
     """Serve until SIGTERM, with the bundled demo's tokenizer."""
     config = ServerConfig.model_validate({"port": port, "max_num_seqs": max_num_seqs})
-    client = ProcessClient(functools.partial(build_canned_core, step_seconds, max_num_seqs))
-    return run_server(config, build_llm(config, client=client))
+    factory = functools.partial(build_canned_core, step_seconds, max_num_seqs)
+    return run_server(config, build_llm(config, factory=factory))

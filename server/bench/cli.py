@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_target(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--base-url", default="http://127.0.0.1:8000", help="server, with or without /v1")
+    group.add_argument("--api-key", metavar="KEY", help="sent to it (default: OPENAI_API_KEY of the environment)")
     group.add_argument("--model", help="model name to ask for (default: the first that the server lists)")
     group.add_argument(
         "--tokenizer", type=Path, help="tokenizer folder to count prompt tokens with, if the server has no /tokenize"
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and not args.output.parent.is_dir():
         return _complain(f"--output: there is no folder {args.output.parent}", status=2)
     try:
-        with Target(args.base_url, api_key=os.environ.get("OPENAI_API_KEY") or None) as target:
+        with Target(args.base_url, api_key=args.api_key or os.environ.get("OPENAI_API_KEY")) as target:
             if args.admit is not None:
                 return _measure_admission(args, target)
             result, config = _measure(args, target)

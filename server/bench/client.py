@@ -133,9 +133,9 @@ class _Connection(asyncio.Protocol):
         if self._status < 200:  # 100 and 103 come before the answer itself
             self._begin_answer()
             return
-        assert self._transport is not None
         # An answer that overtakes its request (413, say) leaves bytes unsent, which the next one would follow.
-        self.reusable = self._parser.should_keep_alive() and self._transport.get_write_buffer_size() == 0
+        is_sent = self._transport is not None and self._transport.get_write_buffer_size() == 0
+        self.reusable = self._parser.should_keep_alive() and is_sent
         self._finish()
 
     def _finish(self) -> None:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 from urllib.parse import urlsplit
 
 _TOKENS = re.compile(rb"^vllm:generation_tokens_total\S* (\S+)$", re.MULTILINE)
@@ -133,8 +134,7 @@ class Streams:
         """Read until time.monotonic() `until`."""
         while (left := until - time.monotonic()) > 0:
             for key, _ in self._selector.select(left):
-                connection = key.fileobj
-                assert isinstance(connection, socket.socket)
+                connection = cast(socket.socket, key.fileobj)
                 received = connection.recv(_RECEIVE_BYTES)
                 events = received.count(b"data: ")
                 if events and not key.data[0]:
@@ -148,9 +148,7 @@ class Streams:
 
     def close(self) -> None:
         for key in list(self._selector.get_map().values()):
-            connection = key.fileobj
-            assert isinstance(connection, socket.socket)
-            connection.close()
+            cast(socket.socket, key.fileobj).close()
 
 
 def _request(args: argparse.Namespace) -> bytes:

@@ -196,6 +196,7 @@ async def run_load(
 def _measured(plan: LoadPlan, sender: Sender, bodies: Sequence[bytes]) -> Awaitable[list[RequestRecord]]:
     if plan.concurrency is not None:
         return closed_loop(sender, bodies, concurrency=plan.concurrency)
-    assert plan.request_rate is not None  # the plan has checked that it has one of them
+    if plan.request_rate is None:
+        raise ValueError("a plan has a concurrency or a request rate")
     offsets = arrival_offsets(rate=plan.request_rate, count=len(bodies), arrival=plan.arrival, seed=plan.arrival_seed)
     return open_loop(sender, bodies, offsets=offsets, max_concurrency=plan.max_concurrency)

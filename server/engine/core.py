@@ -15,9 +15,12 @@ import msgspec
 
 from server.engine.scheduler import Scheduler
 from server.engine.step import StepExecutor
+from server.errors import EngineBrokenError
 from server.types import EngineOutput, EngineOutputs, EngineRequest, FinishReason
 
 logger = logging.getLogger(__name__)
+
+MAX_LOST_STEPS = 3
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
@@ -26,12 +29,16 @@ class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str]
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Say something."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the loop after this message."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
-    """What the engine turned out to be, said once when it is ready."""
+    """What the engine turned out to be, said once when it is ready. `longest_step_seconds` is of its warm-up."""
 
     max_model_len: int
     num_blocks: int
@@ -41,6 +48,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     dtype: str
     num_parameters: int
     load_seconds: float
+    longest_step_seconds: float = 0.0
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
@@ -57,7 +65,7 @@ class Prepared:
     failure: str | None
 
 
-ToEngine = EngineRequest | AbortRequests | Shutdown
+ToEngine = EngineRequest | AbortRequests | Ping | Shutdown
 FromEngine = EngineOutputs | EngineInfo | EngineFailed
 
 
@@ -69,6 +77,8 @@ class EngineCore:
         self.executor = executor
         self.info = info
         self.inbox: SimpleQueue[ToEngine | Prepared] = SimpleQueue()
+        self._num_lost_steps = 0
+        self._emit: Callable[[EngineOutputs], None] | None = None  # while it runs
 
     def handle(self, message: ToEngine | Prepared) -> EngineOutput | None:
         """Take one message other than Shutdown; an output only when a request is refused."""
@@ -98,26 +108,56 @@ class EngineCore:
             return
         # Compiling takes as long as a step or more, so it must not be part of one.
         self.scheduler.add(request, held=True)
+        self._announce([request.request_id])
         self.executor.prepare(request, lambda failure: self.inbox.put(Prepared(request.request_id, failure)))
 
     def step(self) -> EngineOutputs:
-        """Run one step. A failure that is nobody's ends the requests of this step and no others."""
+        """Run one step. A failure that nobody can be found for ends the requests of this step and no others.
+
+        Raises EngineBrokenError when no later step can succeed.
+        """
         started = time.perf_counter()
         plan = self.scheduler.schedule()
+        self._announce([new.request_id for new in plan.new_requests])
         encode_seconds = 0.0
         try:
             result = self.executor.execute(plan)
+        except EngineBrokenError:
+            raise
         except Exception:
             logger.exception("a step with %d requests failed", len(plan.scheduled))
             outputs = self.scheduler.fail_step(plan, "the engine failed while computing this request")
+            self._note_crashes(len(plan.scheduled), of=len(plan.scheduled))
         else:
             outputs = self.scheduler.update(plan, result)
             encode_seconds = result.encode_seconds
+            self._note_crashes(len(result.crashed), of=len(plan.scheduled))
         stats = self.scheduler.take_stats(step_seconds=time.perf_counter() - started, encode_seconds=encode_seconds)
         return EngineOutputs(outputs=outputs, stats=stats)
 
+    def _announce(self, answer_ids: list[str]) -> None:
+        """Tell of work before it begins, as it may be the last that is heard of this engine."""
+        if answer_ids and self._emit is not None:
+            self._emit(EngineOutputs(outputs=[], stats=self.scheduler.take_stats(), started=answer_ids))
+
+    def _note_crashes(self, num_crashed: int, *, of: int) -> None:
+        """Raise EngineBrokenError when step after step was lost whole.
+
+        One request alone tells nothing: it may be its own fault, as often as its client sends it again.
+        """
+        if num_crashed < of:
+            self._num_lost_steps = 0
+        elif of > 1:
+            self._num_lost_steps += 1
+        if self._num_lost_steps == MAX_LOST_STEPS:
+            raise EngineBrokenError(f"{MAX_LOST_STEPS} steps of several requests failed whole, and none succeeded")
+
     def run(self, emit: Callable[[EngineOutputs], None]) -> None:
-        """Serve until Shutdown. `emit` is called once a step, and after messages that changed the idle state."""
+        """Serve until Shutdown. `emit` is called at least once a step, and after messages where there is none to run.
+
+        Raises EngineBrokenError.
+        """
+        self._emit = emit
         while True:
             refused = []
             for message in self._drain():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Counts:
     """The counting fields of `StepStats`, by the same names."""
 
+    num_computed_tokens: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0

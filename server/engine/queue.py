@@ -48,15 +48,19 @@ class WaitingQueue:
         return min(heads, key=lambda head: (self._served[head.key], head.order))
 
     def pop(self) -> Request:
-        """Take what `peek` showed, and charge its prompt to its key unless it has been here before."""
+        """Take what `peek` shows."""
         request = self.peek()
         if request is None:
             raise IndexError("the queue is empty")
+        self.take(request)
+        return request
+
+    def take(self, request: Request) -> None:
+        """Take any of them out to run, and charge its prompt to its key unless it has been here before."""
         self._time = max(self._time, self._served[request.key])
         if not request.num_preemptions:
             self.charge(request.key, request.num_tokens)
         self.remove(request.request_id)
-        return request
 
     def served(self, key: str) -> int:
         """Tokens that a key has been given; only comparisons between keys mean something."""

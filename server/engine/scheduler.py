@@ -158,7 +158,7 @@ class Scheduler:
         """Start waiting requests, in order, while they fit. The first that does not fit ends the step's intake."""
         while (request := self._waiting.peek()) is not None:
             prefix = self.kv.find_prefix(request)
-            if not self._has_place(request, prefix) or not self._start_next(step, request, prefix):
+            if not self._has_place(request, prefix) or not self._start(step, request, prefix):
                 return
 
     def _seat_newcomer(self, step: StepPlan) -> None:
@@ -176,7 +176,7 @@ class Scheduler:
                 return
             self._preempt(step, victim)
             prefix = self.kv.find_prefix(request)  # what the victim gave back may have been part of it
-        self._start_next(step, request, prefix)
+        self._start(step, request, prefix)
 
     def _greediest(self) -> Request | None:
         """The request of lowest rank of the key that runs most; None if no key runs two."""
@@ -191,13 +191,13 @@ class Scheduler:
         has_place = len(self._running) < self.limits.max_num_seqs
         return has_place and self.kv.can_admit(request, prefix, spare=len(self._running))
 
-    def _start_next(self, step: StepPlan, request: Request, prefix: list[int]) -> bool:
-        """Start the request that `peek` shows, for which there is a place; False if the step has no budget for it."""
+    def _start(self, step: StepPlan, request: Request, prefix: list[int]) -> bool:
+        """Start a waiting request for which there is a place; False if the step has no budget for it."""
         start = len(prefix) * self.limits.block_size
         num_tokens = step.reachable(request, start, min(request.num_tokens - start, step.tokens_left))
         if num_tokens == 0:
             return False
-        self._waiting.pop()
+        self._waiting.take(request)  # not always the next any more: one preempted for it may have gone before it
         self.kv.start(request, prefix)
         added = self.kv.extend(request, num_tokens)
         if added is None:
@@ -280,6 +280,7 @@ class Scheduler:
             0, min(item.num_tokens, request.num_prompt_tokens - item.num_computed_tokens)
         )
         request.num_computed_tokens += item.num_tokens
+        self._counts.num_computed_tokens += item.num_tokens
         self.kv.publish(request)
         for index in list(request.tile_slots):
             if request.source.placeholders[index].end <= request.num_computed_tokens:

@@ -47,11 +47,12 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class TileToEncode:
-    """Encode tile `index` of a request into `slot` before the forward pass."""
+    """Encode tile `index` of a request into `slot` before the forward pass. `key` is what the slot is found by."""
 
     request_id: str
     index: int
     slot: int
+    key: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,18 @@ class SchedulerOutput:
 class ModelRunnerOutput:
     """`sampled` has a token for each request whose chunk reached its last token; `failed` names the culprits.
 
-    A failed request has computed nothing this step; its message is safe to show to a client. `failed_slots` are those
-    whose tile could not be encoded. `complete` are those whose grammar lets nothing follow the sampled token.
-    `logprobs` tells of the sampled tokens, `prompt_logprobs` of the prompt tokens that a chunk's tokens predict: of
-    tokens start + 1 to end of a chunk [start, end), as far as they are the prompt's; both where they were asked for.
+    A failed request has computed nothing this step; its message is safe to show to a client. `crashed` are those of
+    them that raised or made numbers of no use, as a broken engine makes all do. Nor has a request in `deferred`
+    computed anything, for lack of memory; it may succeed later. `failed_slots` are those whose tile could not be
+    encoded, for either reason. `complete` are those whose grammar lets nothing follow the sampled token. `logprobs`
+    tells of the sampled tokens, `prompt_logprobs` of the prompt tokens that a chunk's tokens predict: of tokens
+    start + 1 to end of a chunk [start, end), as far as they are the prompt's; both where they were asked for.
     """
 
     sampled: dict[str, int]
     failed: dict[str, str] = field(default_factory=dict)
+    crashed: frozenset[str] = frozenset()
+    deferred: frozenset[str] = frozenset()
     failed_slots: frozenset[int] = frozenset()
     encode_seconds: float = 0.0
     complete: frozenset[str] = frozenset()
@@ -94,7 +99,7 @@ class StepExecutor(Protocol):
         ...
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step to its end."""
+        """Run one step to its end. Raises EngineBrokenError when no later step can succeed."""
         ...
 
     def forget(self, request_ids: list[str]) -> None:

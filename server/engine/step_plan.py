@@ -84,7 +84,7 @@ class StepPlan:
         self._counts.tile_queries += 1
         if must_encode:
             self._tiles_left -= 1
-            self._tiles.append(TileToEncode(request.request_id, index, slot))
+            self._tiles.append(TileToEncode(request.request_id, index, slot, key))
         else:
             self._counts.tile_hits += 1
 

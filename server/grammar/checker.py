@@ -1,141 +1,138 @@
-"""Whether a client's grammar may be compiled, found out in a process that can be killed.
+"""Whether a client's grammar may be compiled, found out in processes that can be killed.
 
 The library is native and recursive: there are sources of a few kilobytes that it compiles for minutes, or that end
 the process by overflowing its stack. So each new source is tried in a child first, for about a second at most.
-Knows the child; knows nothing of requests. Safe to use from several threads, and blocking.
+There are several children, and a client with a key of its own has one of them at most, so that it delays itself and
+not the others. Knows the children; knows nothing of requests. Lives in one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-import os
-import select
-import subprocess
-import sys
-import threading
-import time
 from collections import OrderedDict
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
-import msgspec
-
-from server import sandbox
 from server.errors import ClientError, UnavailableError
-from server.grammar.check_worker import Reply, frame
+from server.grammar.check_child import CheckChild, ChildLostError
+from server.grammar.check_worker import frame
 from server.grammar.sources import KINDS, check_size
+from server.grammar.turns import Turns
 from server.grammar.vocabulary import VocabularySpec
 from server.types import GrammarSpec
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_SECONDS = 10.0  # the child ends itself long before, unless the machine has no time for it
-_START_SECONDS = 30.0
+_ANSWER_SECONDS = 10.0  # a child ends itself long before, unless the machine has no time for it
 _REMEMBERED = 4096
+
+Result = TypeVar("Result")
 
 
 class GrammarChecker:
-    """One child, started at the first check and again after it was killed."""
+    """`num_children` processes, each replaced as soon as a grammar has ended it. `start` and `close` it."""
 
-    def __init__(self, vocabulary: VocabularySpec) -> None:
-        self._vocabulary = frame(vocabulary)
+    def __init__(self, vocabulary: VocabularySpec, *, num_children: int = 2) -> None:
+        self._children = [CheckChild(frame(vocabulary)) for _ in range(num_children)]
+        self._turns = Turns(self._children)
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
-    def start(self) -> None:
-        """Start the child now rather than at the first check. Raises UnavailableError."""
-        with self._lock:
-            self._ensure_child()
+    async def start(self) -> None:
+        """Start all children and wait until they are ready. Raises UnavailableError."""
+        await asyncio.gather(*(self._ensure_running(child) for child in self._children))
 
-    def close(self) -> None:
-        """End the child. Checks that come later raise UnavailableError."""
-        with self._lock:
-            self._closed = True
-            self._end_child()
+    async def close(self) -> None:
+        """End all children. Checks that wait, run or come later raise UnavailableError."""
+        self._closed = True
+        self._turns.refuse_all(_closed())
+        for child in self._children:
+            child.kill()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(child.stop() for child in self._children))
 
-    def check(self, spec: GrammarSpec) -> None:
+    async def check(self, spec: GrammarSpec, *, key: str = "") -> None:
         """Raises ClientError with `spec.param` for what is malformed, not supported, too slow or too complex.
 
-        Raises UnavailableError when no child can be started or the machine is too busy. Takes as much CPU time as
-        `check_worker.CHECK_SECONDS` at most, not counting a child's start.
+        `key` tells clients apart. Raises UnavailableError when no child can be started or the machine is too busy. A
+        source that has not been seen lately takes `check_worker.CHECK_SECONDS` of CPU time at most, once it is its turn.
         """
         check_size(spec)
-        key = hashlib.sha256(f"{spec.kind}:{spec.source}".encode()).digest()
-        with self._lock:
-            if key not in self._verdicts:
-                self._verdicts[key] = self._try(spec)
-                if len(self._verdicts) > _REMEMBERED:
-                    self._verdicts.popitem(last=False)
-            self._verdicts.move_to_end(key)
-            verdict = self._verdicts[key]
+        digest = hashlib.sha256(f"{spec.kind}:{spec.source}".encode()).digest()
+        if digest in self._verdicts:
+            self._verdicts.move_to_end(digest)
+            verdict = self._verdicts[digest]
+        else:
+            if self._closed:
+                raise _closed()
+            child = await self._turns.take(key)
+            # A client may leave, but a child must be heard out.
+            verdict = await asyncio.shield(self._spawn(self._judge(child, key, digest, spec)))
         if verdict is not None:
             raise ClientError(verdict, param=spec.param)
 
-    def _try(self, spec: GrammarSpec) -> str | None:
-        """Why a source is refused, or None."""
-        child = self._ensure_child()
+    def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _judge(self, child: CheckChild, key: str, digest: bytes, spec: GrammarSpec) -> str | None:
+        """Why a source is refused, or None. Gives the child back, at once or after it has been replaced."""
         try:
-            _write(child, frame(spec))
-            reply = _read(child, _ANSWER_SECONDS)
+            if digest not in self._verdicts:  # others may have asked meanwhile
+                self._verdicts[digest] = await self._try(child, spec)
+                if len(self._verdicts) > _REMEMBERED:
+                    self._verdicts.popitem(last=False)
+            return self._verdicts[digest]
+        finally:
+            if child.is_running or self._closed:
+                self._turns.give_back(child, key)
+            else:
+                self._spawn(self._replace(child, key))
+
+    async def _try(self, child: CheckChild, spec: GrammarSpec) -> str | None:
+        await self._ensure_running(child)
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return (await child.ask(spec)).refusal
         except TimeoutError:
-            self._end_child()
+            await child.stop()
             raise _unavailable() from None
-        except (OSError, EOFError, msgspec.DecodeError):
-            logger.warning("a grammar took too long or broke the process that tried it; replacing the process")
-            self._end_child()
+        except ChildLostError:
+            if self._closed:
+                raise _closed() from None
+            await child.stop()
             return f"{KINDS[spec.kind]} is not supported: it is too large or too complex"
-        return reply.refusal
 
-    def _ensure_child(self) -> subprocess.Popen[bytes]:
+    async def _ensure_running(self, child: CheckChild) -> None:
         if self._closed:
-            raise UnavailableError("the server is shutting down")
-        if self._child is not None and self._child.poll() is None:
-            return self._child
-        self._end_child()
+            raise _closed()
+        if child.is_running:
+            return
         try:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "server.grammar.check_worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=sandbox.PACKAGE_PARENT,
-                env=sandbox.environment(),
-            )
-            _write(self._child, self._vocabulary)
-            _read(self._child, _START_SECONDS)
-        except (OSError, EOFError, msgspec.DecodeError):
-            self._end_child()
+            await child.start()
+        except ChildLostError:
             raise _unavailable() from None
-        return self._child
+        if self._closed:
+            raise _closed()
 
-    def _end_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()  # closes the pipes and waits
-            self._child = None
+    async def _replace(self, child: CheckChild, key: str) -> None:
+        logger.warning("a grammar took too long or broke the process that tried it; replacing the process")
+        try:
+            await self._ensure_running(child)
+        except UnavailableError:
+            logger.warning("the process could not be replaced; the next grammar tries again")
+        finally:
+            self._turns.give_back(child, key)
 
 
 def _unavailable() -> UnavailableError:
     return UnavailableError("the grammar could not be checked; try again", code="grammar_checker_unavailable")
 
 
-def _write(child: subprocess.Popen[bytes], data: bytes) -> None:
-    assert child.stdin is not None
-    child.stdin.write(data)
-    child.stdin.flush()
-
-
-def _read(child: subprocess.Popen[bytes], seconds: float) -> Reply:
-    """The child's next reply. Raises EOFError when it ends, and TimeoutError, an OSError, when it takes too long."""
-    assert child.stdout is not None
-    deadline = time.monotonic() + seconds
-    data = b""
-    while len(data) < 4 or len(data) < 4 + int.from_bytes(data[:4], "big"):
-        ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise TimeoutError
-        received = os.read(child.stdout.fileno(), 1 << 16)
-        if not received:
-            raise EOFError
-        data += received
-    return msgspec.msgpack.decode(data[4:], type=Reply)
+def _closed() -> UnavailableError:
+    return UnavailableError("the server is shutting down")

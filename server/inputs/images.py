@@ -1,7 +1,8 @@
 """The images of one request, from URLs to tiles, all at once; and a memory of pictures seen before.
 
 A conversation sends its pictures again with every turn, so decoded tiles are kept for a while. They are found by the
-content of the file, never by its URL: what a URL leads to may change.
+content of the file, never by its URL: what a URL leads to may change. A salt keeps what one client has sent from being
+found by another, here and by the tiles' keys in whatever lies behind.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from server.errors import ClientError
-from server.inputs.image_fetch import ImageFetcher, parse_data_url
+from server.inputs.image_data_url import is_data_url, parse_data_url
+from server.inputs.image_fetch import ImageFetcher
 from server.inputs.image_pool import ImagePool
 from server.inputs.image_processor import tile_count
 from server.observability.metrics import ServerMetrics
@@ -24,11 +27,12 @@ from server.types import ImageDetail, ImageInput, ImageSettings, Tile
 
 Tiles = tuple[Tile, ...]
 
+_KEY_VERSION = b"idefics2-salted-tile/1"
 _ENTRY_OVERHEAD_BYTES = 1024  # keys and objects beside the pixels, so that many small entries count for something
 
 
 class ImageLoader:
-    """Loads images for requests. Owns the fetcher and the pool that it is given: `start` and `close` are theirs too."""
+    """Loads images for requests. Owns the pool that it is given: `start` and `close` are the pool's too."""
 
     def __init__(
         self,
@@ -50,6 +54,9 @@ class ImageLoader:
         self._split_by_default = settings.do_image_splitting if splitting == "auto" else splitting == "on"
         self._settings_bytes = msgspec.msgpack.encode(settings)
         self._max_bytes = max_bytes
+        # Reading a data URL holds the interpreter lock: several at once would take no less time in all, and keep the
+        # event loop waiting for its turn behind each of them.
+        self._parsing = asyncio.Semaphore(1)
         self._cache = _TileCache(cache_bytes)
         self._metrics = metrics
 
@@ -60,30 +67,38 @@ class ImageLoader:
     async def close(self) -> None:
         """End the workers; calls of `load` that still run fail."""
         await self._pool.close()
-        await self._fetcher.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether pictures can be decoded as far as is known."""
+        return self._pool.is_healthy
 
     def num_tiles(self, image: ImageInput) -> int:
         """How many tiles `load` will give for an image: known before anything is downloaded."""
         return tile_count(split=self._is_split(image.detail))
 
-    async def load(self, images: Sequence[ImageInput]) -> list[Tiles]:
+    async def load(self, images: Sequence[ImageInput], *, key: str = "", salt: str = "") -> list[Tiles]:
         """The tiles of each image, in order: 5 for a split one, 1 for a whole one.
 
-        A URL is fetched once and decoded once for each way it is cut, however often it is named. The first failure
-        ends the rest of the request and is raised: ClientError with the `param` of the image that first named the
-        URL, or UnavailableError.
+        `key` names the API key of who asks, whose share of the downloads is bounded. Requests with different salts
+        never find each other's pictures, and their tiles have different keys.
+
+        A URL is fetched once, and a file decoded once for each way it is cut, however often they are named. The first
+        failure ends the rest of the request and is raised: ClientError with the `param` of an image that named the
+        file, or UnavailableError.
         """
-        files: dict[str, asyncio.Task[bytes]] = {}
-        tiles: dict[tuple[str, bool], asyncio.Task[Tiles]] = {}
-        wanted = [(image.url, self._is_split(image.detail)) for image in images]
+        # A data URL goes by its place: to look up megabytes of text in a dictionary would hold up the event loop.
+        names = [place if is_data_url(image.url) else image.url for place, image in enumerate(images)]
+        files: dict[int | str, asyncio.Task[bytes]] = {}
+        tiles: list[asyncio.Task[Tiles]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                for image, key in zip(images, wanted, strict=True):
-                    url, split = key
-                    if url not in files:
-                        files[url] = group.create_task(self._read(url, image.param))
-                    if key not in tiles:
-                        tiles[key] = group.create_task(self._tiles(files[url], split=split, param=image.param))
+                request = _Request(group, salt.encode("utf-8", "surrogatepass"))  # a client may have chosen it
+                for name, image in zip(names, images, strict=True):
+                    if name not in files:
+                        files[name] = group.create_task(self._read(image.url, image.param, key))
+                    split = self._is_split(image.detail)
+                    tiles.append(group.create_task(self._tiles(files[name], request, split=split, param=image.param)))
         except BaseExceptionGroup as failures:
             # A failed file also fails the tasks that wait for it, with the same exception.
             first = failures.exceptions[0]
@@ -91,37 +106,53 @@ class ImageLoader:
                 self._metrics.record_image_error(first.code)
             raise first from None
         if images:
-            inline = sum(_is_data_url(image.url) for image in images)
+            inline = sum(is_data_url(image.url) for image in images)
             self._metrics.record_images(data=inline, http=len(images) - inline)
-        return [tiles[key].result() for key in wanted]
+        return [task.result() for task in tiles]
 
     def _is_split(self, detail: ImageDetail) -> bool:
         return self._split_by_default if detail == "auto" else detail == "high"
 
-    async def _read(self, url: str, param: str) -> bytes:
-        if _is_data_url(url):
-            return await asyncio.to_thread(parse_data_url, url, max_bytes=self._max_bytes, param=param)
+    async def _read(self, url: str, param: str, key: str) -> bytes:
+        if is_data_url(url):
+            async with self._parsing:
+                return await asyncio.to_thread(parse_data_url, url, max_bytes=self._max_bytes, param=param)
         started = time.perf_counter()
-        data = await self._fetcher.fetch(url, param=param)
+        data = await self._fetcher.fetch(url, param=param, key=key)
         self._metrics.record_image_fetch(time.perf_counter() - started)
         return data
 
-    async def _tiles(self, file: asyncio.Task[bytes], *, split: bool, param: str) -> Tiles:
+    async def _tiles(self, file: asyncio.Task[bytes], request: _Request, *, split: bool, param: str) -> Tiles:
         data = await file
-        key = await asyncio.to_thread(self._content_key, data, split)
+        key = await asyncio.to_thread(self._content_key, data, split, request.salt)
+        if key not in request.tiles:
+            request.tiles[key] = request.group.create_task(
+                self._find_or_decode(key, data, split=split, param=param, salt=request.salt)
+            )
+        return await request.tiles[key]
+
+    async def _find_or_decode(self, key: bytes, data: bytes, *, split: bool, param: str, salt: bytes) -> Tiles:
         tiles = self._cache.get(key)
         self._metrics.record_image_lookup(hit=tiles is not None)
         if tiles is None:
-            tiles = await self._pool.tiles(data, split=split, param=param)
+            tiles = _salted(await self._pool.tiles(data, split=split, param=param), salt)
             self._cache.put(key, tiles)
         return tiles
 
-    def _content_key(self, data: bytes, split: bool) -> bytes:
-        """SHA-256 of everything the tiles depend on. What precedes the file has a length of its own: no collisions."""
-        head = len(self._settings_bytes).to_bytes(4, "big") + self._settings_bytes + bytes([split])
-        digest = hashlib.sha256(head)
+    def _content_key(self, data: bytes, split: bool, salt: bytes) -> bytes:
+        """SHA-256 of everything the tiles depend on. All that precedes the file is framed: no collisions."""
+        digest = hashlib.sha256(_framed(self._settings_bytes) + _framed(salt) + bytes([split]))
         digest.update(data)
         return digest.digest()
+
+
+@dataclass
+class _Request:
+    """What the tasks of one request share: their group, and the tiles on their way, by content key."""
+
+    group: asyncio.TaskGroup
+    salt: bytes
+    tiles: dict[bytes, asyncio.Task[Tiles]] = field(default_factory=dict)
 
 
 class _TileCache:
@@ -153,5 +184,13 @@ def _size(tiles: Tiles) -> int:
     return _ENTRY_OVERHEAD_BYTES + sum(len(tile.pixels) for tile in tiles)
 
 
-def _is_data_url(url: str) -> bool:
-    return url[:5].lower() == "data:"
+def _salted(tiles: Tiles, salt: bytes) -> Tiles:
+    """The tiles under keys that only requests with the same salt have; without a salt, as they are."""
+    if not salt:
+        return tiles
+    head = _KEY_VERSION + _framed(salt)
+    return tuple(msgspec.structs.replace(tile, key=hashlib.sha256(head + tile.key).digest()) for tile in tiles)
+
+
+def _framed(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data

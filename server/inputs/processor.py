@@ -52,7 +52,9 @@ class InputProcessor:
         rows_per_tile: int,
         eos_token_ids: tuple[int, ...],
         max_images: int,
+        share_caches_between_keys: bool = False,
     ) -> None:
+        """`share_caches_between_keys` lets an API key's requests find what another's have left in any cache."""
         self.tokenizer = tokenizer
         self._template = template
         self._images = images
@@ -61,15 +63,16 @@ class InputProcessor:
         self._rows_per_tile = rows_per_tile
         self._eos_token_ids = eos_token_ids
         self._max_images = max_images
+        self._share_caches = share_caches_between_keys
         self._counter = itertools.count()
 
     async def start(self) -> None:
         """Raises UnavailableError when a helper process does not come up."""
-        await asyncio.gather(self._images.start(), asyncio.to_thread(self._grammars.start))
+        await asyncio.gather(self._images.start(), self._grammars.start())
 
     async def close(self) -> None:
         await self._images.close()
-        await asyncio.to_thread(self._grammars.close)
+        await self._grammars.close()
 
     async def process(
         self, item: ChatInput | PromptInput, *, max_model_len: int, admit: Callable[[int], None] = _admit_all
@@ -92,8 +95,9 @@ class InputProcessor:
                 param="min_tokens",
             )
         if sampling.grammar is not None:
-            await self._check_grammar(sampling.grammar)
-        tiles = [tile for loaded in await self._images.load(_images(item)) for tile in loaded]
+            await self._check_grammar(sampling.grammar, key=item.origin.key)
+        salt = item.cache_salt if self._share_caches else _salt(item.origin.key, item.cache_salt)
+        loaded = await self._images.load(_images(item), key=item.origin.key, salt=salt)
         return EngineRequest(
             # A client may choose its id twice; the engine's own is never the same.
             request_id=f"{item.request_id}-{next(self._counter)}",
@@ -105,19 +109,19 @@ class InputProcessor:
             ),
             eos_token_ids=self._eos_token_ids,
             origin=item.origin,
-            tiles=tuple(tiles),
+            tiles=tuple(tile for tiles in loaded for tile in tiles),
             placeholders=tuple(prompt.placeholders),
             priority=item.priority,
-            cache_salt=item.cache_salt,
+            cache_salt=salt,
             arrival_time=arrival_time,
             n=item.n,
             continues_text=_continues_text(item),
         )
 
-    async def _check_grammar(self, spec: GrammarSpec) -> None:
+    async def _check_grammar(self, spec: GrammarSpec, *, key: str) -> None:
         started, accepted = time.perf_counter(), False
         try:
-            await asyncio.to_thread(self._grammars.check, spec)
+            await self._grammars.check(spec, key=key)
             accepted = True
         finally:
             self._metrics.record_grammar(spec.kind, seconds=time.perf_counter() - started, accepted=accepted)
@@ -204,6 +208,11 @@ class InputProcessor:
                     text = f" {text}"
                 prompt.add_ids(self.tokenizer.encode(text, first=index == 0))
         return prompt
+
+
+def _salt(key: str, cache_salt: str) -> str:
+    """What an API key's requests with that salt have in common with no others."""
+    return f"{len(key)}:{key}:{cache_salt}" if key else cache_salt
 
 
 def _images(item: ChatInput | PromptInput) -> list[ImageInput]:

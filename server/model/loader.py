@@ -188,7 +188,8 @@ def _slot(model: Idefics2Model, target: WeightTarget) -> Tensor:
     if target.shard is None:
         return parameter
     layer = model.get_submodule(target.parameter.rpartition(".")[0])
-    assert isinstance(layer, FusedLinear), target
+    if not isinstance(layer, FusedLinear):
+        raise TypeError(f"{target.parameter} has no shards")
     return parameter[layer.shard_rows(target.shard)]
 
 

@@ -50,6 +50,16 @@ class Number:
         return (self.value,)
 
 
+class Peak(Number):
+    """A gauge of the highest value since it was last told."""
+
+    __slots__ = ()
+
+    def numbers(self) -> Sequence[float]:
+        highest, self.value = self.value, 0.0
+        return (highest,)
+
+
 class Total:
     """The sum of numbers, for a name that means several of ours together."""
 

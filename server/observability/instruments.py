@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from server.observability.exposition import Histogram, Number
+from server.observability.exposition import Histogram, Number, Peak
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 WAITING_REASONS = ("capacity", "deferred")
-REJECTION_REASONS = ("queue_full", "draining", "loading", "engine_dead", "other")
+REJECTION_REASONS = ("queue_full", "draining", "loading", "restarting", "engine_dead", "other")
+ENGINE_LOSSES = ("died", "hung")
 IMAGE_SOURCES = ("data", "http")
 # What a picture can be refused for; whatever else an image worker says counts as "other".
 IMAGE_ERRORS = (
@@ -21,6 +23,11 @@ IMAGE_ERRORS = (
 )
 GRAMMAR_KINDS = ("json_schema", "regex", "choice", "grammar")
 GRAMMAR_OUTCOMES = ("accepted", "refused")
+# Why a connection was not taken: so many are open, or the process may open no more files.
+REFUSAL_REASONS = ("limit", "open_files")
+# What held the event loop up for longer than this: code on the loop, other threads of the process, or neither of them.
+LOOP_STALL_SECONDS = 0.1
+StallCause = Literal["loop", "threads", "machine"]
 
 WORK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TOKEN_SECONDS = (
@@ -72,6 +79,8 @@ class Instruments:
         self.tile_hits = Number()
         self.tiles_encoded = Number()
         self.preemptions = Number()
+        self.engine_up = Number()
+        self.engine_restarts: Labelled = {(reason,): Number() for reason in ENGINE_LOSSES}
         self.step_seconds = Histogram(WORK_SECONDS)
         self.step_tokens = Histogram(STEP_TOKENS)
         self.encode_seconds = Histogram(WORK_SECONDS)
@@ -106,6 +115,12 @@ class Instruments:
         # Grammars.
         self.grammars: Labelled = {(kind, outcome): Number() for kind in GRAMMAR_KINDS for outcome in GRAMMAR_OUTCOMES}
         self.compile_seconds = Histogram(WORK_SECONDS)
-        # HTTP.
+        # The event loop.
+        self.loop_lag = Peak()
+        self.loop_stalls: Labelled = {(cause,): Number() for cause in get_args(StallCause)}
+        # Connections and HTTP.
+        self.connections = Number()
+        self.refused_connections: Labelled = {(reason,): Number() for reason in REFUSAL_REASONS}
         self.http_requests: Labelled = defaultdict(Number)
+        self.key_requests: Labelled = defaultdict(Number)
         self.http_seconds: dict[tuple[str, ...], Histogram] = defaultdict(lambda: Histogram(REQUEST_SECONDS))

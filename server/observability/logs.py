@@ -1,17 +1,32 @@
-"""Logs: one line an event, with the id of the request that it belongs to. Never a prompt, never an answer."""
+"""Logs: one line an event, with the id of the request that it belongs to. Never a prompt, never an answer.
+
+A full pipe, a terminal on hold or a stuck disk blocks whoever writes to it. So a thread of its own does, and lines are
+dropped when it lags behind, because a server without a log is better than none.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
+import os
+import select
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from queue import SimpleQueue
 
 from server.errors import ConfigError
+from server.observability.exposition import Number
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+STDERR = 2
+MAX_WAITING_BYTES = 1 << 20  # some ten thousand lines
+FLUSH_SECONDS = 1.0
+
+# Lines that were dropped, of all handlers of this process.
+NUM_DROPPED = Number()
+
 _request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 # Libraries that write what they carry: the first logs every event that it sends, the rest URLs and headers.
@@ -43,13 +58,86 @@ class OneLineFormatter(logging.Formatter):
         return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
 
 
+class DroppingHandler(logging.Handler):
+    """Writes lines to a file descriptor from a thread of its own, and drops those for which there is no room to wait.
+
+    The descriptor is written to directly: a stream's lock, held by a thread that is stuck, would abort the interpreter
+    at its end. At exit there is a second for what still waits.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()  # re-entrant: finalizers log too, anywhere
+        self._num_taken = 0  # bytes; changed under the handler's lock
+        self._num_written = 0  # bytes; changed by the thread
+        self._num_dropped = 0
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self._line(record)
+        except Exception:
+            self.handleError(record)
+            return
+        if self._num_taken - self._num_written + len(line) > MAX_WAITING_BYTES:
+            self._drop()
+            return
+        self._num_taken += len(line)
+        self._lines.put(line)
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._num_written < self._num_taken and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self._lines.put(None)
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+
+    def _drop(self) -> None:
+        self._num_dropped += 1
+        NUM_DROPPED.value += 1
+
+    def _write_all(self) -> None:
+        num_told = 0
+        while (line := self._lines.get()) is not None:
+            is_read = self._write(line)
+            self._num_written += len(line)
+            if is_read and self._num_dropped > num_told and self._lines.empty():
+                message = f"{self._num_dropped - num_told} lines were dropped, because nobody read the log"
+                num_told = self._num_dropped
+                notice = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": message}
+                self._write(self._line(logging.makeLogRecord(notice)))
+
+    def _write(self, line: bytes) -> bool:
+        rest = memoryview(line)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # whoever started us made it so
+                select.select((), (self._descriptor,), ())
+            except OSError:
+                self._drop()  # the disk is full, or the pipe has no other end
+                return False
+        return True
+
+
 def configure_logging(level: str = "INFO") -> None:
-    """Send everything to stderr in one format. Call once, before the first line; uvicorn with `log_config=None`."""
+    """Send everything to stderr in one format. Call before the first line; uvicorn with `log_config=None`."""
     if level.upper() not in _LEVELS:
         raise ConfigError(f"log level: must be one of {', '.join(_LEVELS)}")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLineFormatter())
     root = logging.getLogger()
+    for before in root.handlers:
+        if isinstance(before, DroppingHandler):
+            before.flush()
+            before.close()
+    handler = DroppingHandler(STDERR)
+    handler.setFormatter(OneLineFormatter())
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

@@ -14,7 +14,7 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from server.observability.exposition import CONTENT_TYPE, Family
-from server.observability.instruments import FINISH_REASONS, IMAGE_ERRORS, EngineFacts, Instruments
+from server.observability.instruments import FINISH_REASONS, IMAGE_ERRORS, EngineFacts, Instruments, StallCause
 from server.observability.names import own_families
 from server.observability.vllm_names import vllm_families
 from server.types import StepStats
@@ -26,8 +26,12 @@ _REJECTIONS = {
     "queue_full": "queue_full",
     "server_shutting_down": "draining",
     "model_loading": "loading",
+    "engine_restarting": "restarting",
     "engine_unavailable": "engine_dead",
 }
+
+# Statuses that say more to an operator who looks at one key than their hundreds do.
+_KEY_OUTCOMES = {429: "limited", 499: "left"}
 
 
 class ServerMetrics:
@@ -60,6 +64,16 @@ class ServerMetrics:
         )
         with self._lock:
             self._families = self._name(facts)
+
+    def record_engine_up(self, is_up: bool) -> None:
+        """Whether there is an engine that takes requests."""
+        with self._lock:
+            self._numbers.engine_up.value = float(is_up)
+
+    def record_engine_restart(self, reason: str) -> None:
+        """Another engine is started, or tried to be, because the last one `died` or `hung`."""
+        with self._lock:
+            self._numbers.engine_restarts[reason,].value += 1
 
     def record_step(self, stats: StepStats, *, num_deferred: int = 0) -> None:
         """A step, or only gauges and counts where `step_seconds` is 0.
@@ -201,11 +215,28 @@ class ServerMetrics:
 
     # -- HTTP ----------------------------------------------------------------------------------------------------
 
-    def record_http(self, *, handler: str, method: str, status: int, seconds: float) -> None:
-        """`handler` is the route's template, never the path."""
+    def record_http(self, *, handler: str, method: str, status: int, seconds: float, key: str = "") -> None:
+        """`handler` is the route's template, never the path; `key` the name of the API key, "" for none."""
         with self._lock:
             self._numbers.http_requests[handler, method, str(status)].value += 1
             self._numbers.http_seconds[handler, method].observe(seconds)
+            if key:
+                self._numbers.key_requests[key, _key_outcome(status)].value += 1
+
+    def record_connections(self, num_open: int) -> None:
+        self._numbers.connections.value = float(num_open)
+
+    def record_refused_connection(self, reason: str) -> None:
+        """`reason` is one of REFUSAL_REASONS."""
+        with self._lock:
+            self._numbers.refused_connections[reason,].value += 1
+
+    def record_loop_lag(self, seconds: float, *, cause: StallCause | None = None) -> None:
+        """How late a timer on the event loop was, and what held the loop up if that was for long."""
+        with self._lock:
+            self._numbers.loop_lag.value = max(self._numbers.loop_lag.value, seconds)
+            if cause is not None:
+                self._numbers.loop_stalls[cause,].value += 1
 
     def render(self) -> tuple[bytes, str]:
         """The text that Prometheus scrapes, and its content type."""
@@ -218,6 +249,10 @@ class ServerMetrics:
     def family_names(self) -> tuple[str, ...]:
         """As their TYPE lines have them: counters end in `_total`. `_created` lines go with another name."""
         return tuple(family.name for family in self._families)
+
+
+def _key_outcome(status: int) -> str:
+    return _KEY_OUTCOMES.get(status) or ("answered" if status < 400 else "refused" if status < 500 else "failed")
 
 
 def _all_names() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from server.observability.exposition import Coarser, Family, Page
 from server.observability.instruments import EngineFacts, Instruments
+from server.observability.logs import NUM_DROPPED
 
 PREFIX = "idefics2:"
 
@@ -44,6 +45,14 @@ def _add_engine(page: Page, numbers: Instruments) -> None:
     page.add("counter", "tile_cache_hits", "Tiles found in the encoder cache.", numbers.tile_hits)
     page.add("counter", "tiles_encoded", "Tiles run through the vision tower.", numbers.tiles_encoded)
     page.add("counter", "num_preemptions", "Requests put back for lack of blocks.", numbers.preemptions)
+    page.add("gauge", "engine_up", "1 while there is an engine that takes requests.", numbers.engine_up)
+    page.add_all(
+        "counter",
+        "engine_restarts",
+        "Engines started because the last one died or hung.",
+        members=numbers.engine_restarts,
+        label_names=("reason",),
+    )
     page.add("histogram", "step_seconds", "Length of an engine step.", numbers.step_seconds)
     page.add("histogram", "step_tokens", "Tokens that an engine step computed.", numbers.step_tokens)
     page.add(
@@ -128,12 +137,39 @@ def _add_grammars(page: Page, numbers: Instruments) -> None:
 
 
 def _add_http(page: Page, numbers: Instruments) -> None:
+    page.add(
+        "gauge", "event_loop_lag_seconds", "Longest wait for the event loop since the last scrape.", numbers.loop_lag
+    )
+    page.add_all(
+        "counter",
+        "event_loop_stalls",
+        "Waits of more than 0.1 s, by what took the time: code on the loop, other threads, or the machine.",
+        members=numbers.loop_stalls,
+        label_names=("cause",),
+    )
+    page.add("gauge", "open_connections", "Connections of clients that are open.", numbers.connections)
+    page.add_all(
+        "counter",
+        "connections_refused",
+        "Connections not taken, as too many were open or the process may open no more files.",
+        members=numbers.refused_connections,
+        label_names=("reason",),
+    )
+    page.add("counter", "log_lines_dropped", "Lines that nobody read from the log in time.", NUM_DROPPED)
     page.add_all(
         "counter",
         "http_requests",
         "HTTP requests answered; 499 is a client that left.",
         members=numbers.http_requests,
         label_names=("handler", "method", "status"),
+        labels={},
+    )
+    page.add_all(
+        "counter",
+        "requests_by_key",
+        "HTTP requests that showed an API key, by its name: answered, refused, limited (429), failed, or left.",
+        members=numbers.key_requests,
+        label_names=("key", "outcome"),
         labels={},
     )
     page.add_all(

@@ -20,6 +20,7 @@ class OutputProcessor:
         self._table = table
         self._metrics = metrics
         self._streams: dict[str, RequestStream] = {}
+        self._responses: dict[ResponseStream, None] = {}  # in the order in which they were opened
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -28,10 +29,12 @@ class OutputProcessor:
         """A stream for each answer to these requests; `notify` is called whenever there is something to take."""
         response = ResponseStream(requests, self._table, self._metrics, notify)
         self._streams |= response.streams
+        self._responses[response] = None
         return response
 
     def close(self, response: ResponseStream) -> list[str]:
         """Forget a response, wherever it stands. Returns the ids that the engine has not let go of."""
+        del self._responses[response]
         unfinished = []
         for answer_id, stream in response.streams.items():
             stream.abandon()
@@ -46,6 +49,9 @@ class OutputProcessor:
         """Hand a step's outputs to their streams. Returns the ids that ended here and not in the engine."""
         self._metrics.record_step(outputs.stats, num_deferred=outputs.stats.num_held)
         now = time.monotonic()
+        for answer_id in outputs.started:
+            if answer_id in self._streams:
+                self._streams[answer_id].is_started = True
         ended_here = []
         for output in outputs.outputs:
             stream = self._streams.get(output.request_id)
@@ -56,6 +62,17 @@ class OutputProcessor:
             if was_open and stream.finish_reason is not None and not stream.engine_finished:
                 ended_here.append(output.request_id)
         return ended_here
+
+    def lose_engine(self, *, retry_after: float) -> None:
+        """The engine is gone. What it had told part of ends; `untold` is left, for another engine."""
+        for response in list(self._responses):
+            response.lose_engine(retry_after=retry_after)
+
+    @property
+    def untold(self) -> list[EngineRequest]:
+        """Requests of which an engine has yet to tell anything, in the order of their arrival."""
+        waiting = [response for response in self._responses if not (response.has_output or response.has_ended)]
+        return [request for response in waiting for request in response.requests]
 
     def fail_all(self, error: ServerError) -> None:
         for stream in list(self._streams.values()):

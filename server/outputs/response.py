@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from server.errors import ServerError
+from server.errors import EngineDeadError, RequestFailedError, ServerError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.stream import RequestStream
 from server.types import EngineRequest, RequestOutput, Usage
+
+# A request that was being computed when so many engines ended is not given to another.
+MAX_ENDED_ENGINES = 2
 
 
 class ResponseStream:
@@ -27,7 +30,9 @@ class ResponseStream:
         metrics: ServerMetrics,
         notify: Callable[[], None],
     ) -> None:
+        self.requests = tuple(requests)
         self.streams: dict[str, RequestStream] = {}
+        self._num_ended_engines = 0
         self._notify = notify
         self._indices: dict[RequestStream, range] = {}
         self._leaders: set[RequestStream] = set()
@@ -105,6 +110,30 @@ class ResponseStream:
         for stream in self.streams.values():
             stream.fail(error)
 
+    def lose_engine(self, *, retry_after: float) -> None:
+        """The engine that had this is gone. If it had told part of it, this ends; else another engine may have it.
+
+        What was being computed each time may be the reason. It is told a 500, as proxies hand a 503 on to other servers.
+        """
+        if self.has_output:
+            self.fail(EngineDeadError("the engine stopped while computing this request", retry_after=retry_after))
+            return
+        self._num_ended_engines += any(stream.is_started for stream in self.streams.values())
+        if self._num_ended_engines == MAX_ENDED_ENGINES:
+            self.fail(RequestFailedError("the engine stopped more than once while computing this request"))
+        for stream in self.streams.values():
+            stream.is_started = False
+
+    @property
+    def has_output(self) -> bool:
+        """Whether the engine has told anything of it."""
+        return any(stream.has_output for stream in self.streams.values())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come of it, though not all may have been taken."""
+        return all(stream.finish_reason for stream in self.streams.values())
+
     @property
     def num_computed_tokens(self) -> int:
         """Prompt tokens that were computed for this response and not found, and all tokens of its answers."""
@@ -117,4 +146,4 @@ class ResponseStream:
     @property
     def is_finished(self) -> bool:
         """Whether all has been taken."""
-        return not self._copies and not self._ready and all(stream.finish_reason for stream in self.streams.values())
+        return not self._copies and not self._ready and self.has_ended

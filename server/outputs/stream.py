@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from server.errors import RequestFailedError, ServerError
+from server.errors import RequestFailedError, ServerError, UnavailableError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import Detokenizer, TokenTable
 from server.outputs.logprobs import LogprobWriter
 from server.outputs.stop import StopMatch, StopMatcher
 from server.types import EngineOutput, EngineRequest, FinishReason, Logprob, RequestOutput, TokenLogprobs, Usage
+
+RETRY_SECONDS = 5.0  # after a lack of memory, which lasts about as long as what takes it
 
 
 def _ignore() -> None:
@@ -44,6 +46,8 @@ class RequestStream:
         self._logprobs: list[Logprob] = []
         self._prompt_logprobs: list[TokenLogprobs] = [] if leader is None else leader._prompt_logprobs
         self._has_begun = False
+        self.is_started = False  # work on it has begun in the engine, and nothing has come of it yet
+        self.has_output = False
         self._stop = StopMatcher(sampling.stop, include_in_output=sampling.include_stop_str_in_output)
         self._text: list[str] = []
         self._token_ids: list[int] = []
@@ -60,11 +64,12 @@ class RequestStream:
 
     def push(self, output: EngineOutput, now: float) -> None:
         """Take one step's output at time.monotonic() `now`."""
+        self.has_output = True
         self.engine_finished = output.finish_reason is not None
         if self.finish_reason is not None:
             return  # a stop string ended it here; the engine has not heard yet
         if output.error is not None:
-            self.fail(RequestFailedError(output.error))
+            self.fail(_failure(output.error, output.error_code))
             return
         self.num_cached = output.num_cached_tokens
         self._num_preemptions = output.num_preemptions
@@ -193,3 +198,10 @@ class RequestStream:
     def has_error(self) -> bool:
         """Whether an error waits behind the text that was taken."""
         return self._error is not None
+
+
+def _failure(message: str, code: str | None) -> ServerError:
+    """What the engine says of a request's end, as the error that its client gets."""
+    if code is None:
+        return RequestFailedError(message)
+    return UnavailableError(message, code=code, retry_after=RETRY_SECONDS)

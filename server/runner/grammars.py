@@ -45,7 +45,7 @@ class GrammarBank:
             self._fill(request)
         except ClientError as error:
             failure = error.message  # the API compiled it too, so this is a limit that only the clock tells
-        except Exception:  # whoever is not told of an end waits for ever
+        except BaseException:  # as of a panic in the library; whoever is not told of an end waits for ever
             logger.exception("a grammar failed to compile")
             failure = "the engine failed while compiling this request's grammar"
         done(failure)
@@ -76,22 +76,27 @@ class GrammarBank:
 
 
 def compute_bitmasks(states: Iterable[RequestState]) -> dict[str, str]:
-    """Ask each answer's grammar what may follow, into its `bitmask`. Returns failures by request id."""
+    """Ask each answer's grammar what may follow, into its `bitmask`. Returns failures by request id.
+
+    May be asked again without an `advance` between. Raises MemoryError.
+    """
     failed = {}
     for state in states:
         if state.matcher is not None:
             try:
                 state.bitmask = state.matcher.bitmask()
-            except ClientError as error:
+            except (MemoryError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
                 state.bitmask = None
-                failed[state.source.request_id] = error.message
+                failed[state.source.request_id] = _failure(state, error)
     return failed
 
 
 def advance(states: Iterable[RequestState], sampled: dict[str, int], failed: dict[str, str]) -> frozenset[str]:
     """Take sampled tokens into the answers' grammars. Returns the answers that are complete by that.
 
-    One whose grammar cannot go on moves from `sampled` to `failed`.
+    One whose grammar cannot go on moves from `sampled` to `failed`; none keeps the others from going on.
     """
     complete = set()
     for state in states:
@@ -100,11 +105,23 @@ def advance(states: Iterable[RequestState], sampled: dict[str, int], failed: dic
             continue
         try:
             state.matcher.advance(sampled[request_id])
-        except (ClientError, ValueError) as error:  # ValueError: no mask should let that happen, nor end a whole step
+            is_finished = state.matcher.is_finished
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
             del sampled[request_id]
-            failed[request_id] = error.message if isinstance(error, ClientError) else LOST
-            logger.warning("request %s: %s", request_id, failed[request_id])
+            failed[request_id] = _failure(state, error)
             continue
-        if state.matcher.is_finished:
+        if is_finished:
             complete.add(request_id)
     return frozenset(complete)
+
+
+def _failure(state: RequestState, error: BaseException) -> str:
+    """What is told of a grammar that cannot go on: its own limits, or nothing but that it is so.
+
+    A panic in the library's native code comes as a BaseException of its own kind.
+    """
+    message = error.message if isinstance(error, ClientError) else LOST
+    logger.warning("request %s: %s (%s)", state.source.request_id, message, type(error).__name__)
+    return message

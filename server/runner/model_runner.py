@@ -5,9 +5,9 @@ Knows tensors and the plan's plain data; knows nothing of queues, blocks' owners
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,13 +16,39 @@ from server.model.attention.base import AttentionBackend, LayerCache
 from server.model.idefics2 import Idefics2Model
 from server.runner.grammars import GrammarBank, advance, compute_bitmasks
 from server.runner.input_batch import InputBatch, RequestState, build_input_batch
+from server.runner.isolation import isolate
 from server.runner.logprobs import AnswerLogprobs, prompt_logprobs
 from server.runner.sampler import Sampler
 from server.runner.vision_runner import VisionRunner
-from server.types import EngineRequest
+from server.types import EngineRequest, TokenLogprobs
 
 BROKEN = "the model's numbers broke down for this request"
+CRASHED = "the engine failed while computing this request"
+NO_PICTURE = "a picture of this request could not be encoded"
 DEAD_END = "no token is left that this request's grammar and its other settings allow"
+
+
+@dataclass
+class _Computed:
+    """What was made of requests, as in ModelRunnerOutput, before anything is kept of it."""
+
+    sampled: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    crashed: set[str] = field(default_factory=set)
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+
+    def crash(self, request_id: str, message: str) -> None:
+        self.failed[request_id] = message
+        self.crashed.add(request_id)
+
+    def add(self, other: _Computed) -> None:
+        """Take in what was made of other requests."""
+        self.sampled |= other.sampled
+        self.failed |= other.failed
+        self.crashed |= other.crashed
+        self.logprobs |= other.logprobs
+        self.prompt_logprobs |= other.prompt_logprobs
 
 
 class ModelRunner:
@@ -60,20 +86,40 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step to its end. What fails for one request alone is in `failed`; anything else raises."""
+        """Run one step to its end. What one request is to blame for, or has no memory for, ends or defers it alone.
+
+        Raises EngineBrokenError when the device is of no use any more.
+        """
         self._take_in(step)
         started = time.perf_counter()
-        failed_slots = self._vision.encode(step.tiles, self._states) if step.tiles else set()
+        unfilled = self._vision.encode(step.tiles, self._states)
         encode_seconds = time.perf_counter() - started
-        failed = {
-            item.request_id: "a picture of this request could not be encoded"
-            for item in step.scheduled
-            if not failed_slots.isdisjoint(item.tile_slots.values())
-        }
-        scheduled = [item for item in step.scheduled if item.request_id not in failed]
-        computed = self._compute(scheduled, failed) if scheduled else ModelRunnerOutput(sampled={})
-        return dataclasses.replace(
-            computed, failed=failed, failed_slots=frozenset(failed_slots), encode_seconds=encode_seconds
+        computed, deferred, scheduled = _Computed(), [], []
+        for item in step.scheduled:
+            slots = item.tile_slots.values()
+            if not unfilled.broken.isdisjoint(slots):
+                computed.crash(item.request_id, NO_PICTURE)
+            elif not unfilled.starved.isdisjoint(slots):
+                deferred.append(item.request_id)
+            else:
+                scheduled.append(item)
+        found = isolate(scheduled, self._compute, _name)
+        for part in found.results:
+            computed.add(part)
+        for item in found.broken:
+            computed.crash(item.request_id, CRASHED)
+        deferred += [item.request_id for item in found.starved]
+        complete = self._keep(computed)
+        return ModelRunnerOutput(
+            sampled=computed.sampled,
+            failed=computed.failed,
+            crashed=frozenset(computed.crashed),
+            deferred=frozenset(deferred),
+            failed_slots=frozenset(unfilled.broken | unfilled.starved),
+            encode_seconds=encode_seconds,
+            complete=complete,
+            logprobs=computed.logprobs,
+            prompt_logprobs=computed.prompt_logprobs,
         )
 
     def _take_in(self, step: SchedulerOutput) -> None:
@@ -91,43 +137,45 @@ class ModelRunner:
             else:
                 state.block_ids += item.new_block_ids
 
-    def _compute(self, scheduled: Sequence[ScheduledRequest], failed: dict[str, str]) -> ModelRunnerOutput:
-        """Forward and sample. Adds to `failed` the requests whose logits are of no use."""
+    def _compute(self, scheduled: Sequence[ScheduledRequest]) -> _Computed:
+        """Forward and sample. Leaves nothing behind but keys and values, which a repetition writes again."""
+        computed = _Computed()
         batch = build_input_batch(
             scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
         )
         hidden = self._forward(batch)
         # On a GPU the forward pass still runs while these are found.
-        failed |= compute_bitmasks(batch.sampled)
-        failed |= _broken(hidden, scheduled)
-        of_prompts = prompt_logprobs(
+        computed.failed |= compute_bitmasks(batch.sampled)
+        for request_id in _broken(hidden, scheduled):
+            computed.crash(request_id, BROKEN)
+        computed.prompt_logprobs = prompt_logprobs(
             hidden, batch, scheduled, [self._states[item.request_id] for item in scheduled], self._model.compute_logits
         )
-        if not batch.sampled:
-            return ModelRunnerOutput(sampled={}, prompt_logprobs=of_prompts)
-        logits = self._model.compute_logits(hidden[batch.logits_indices])
-        of_answers = AnswerLogprobs(logits, batch.sampled)
-        sampled = self._sample(logits, batch.sampled, failed)
-        complete = advance(batch.sampled, sampled, failed)
-        return ModelRunnerOutput(
-            sampled=sampled,
-            complete=complete,
-            logprobs=of_answers.describe(sampled),
-            prompt_logprobs=of_prompts,
-        )
+        if batch.sampled:
+            logits = self._model.compute_logits(hidden[batch.logits_indices])
+            of_answers = AnswerLogprobs(logits, batch.sampled)
+            self._sample(logits, batch.sampled, computed)
+            computed.logprobs = of_answers.describe(computed.sampled)
+        return computed
 
-    def _sample(self, logits: torch.Tensor, states: Sequence[RequestState], failed: dict[str, str]) -> dict[str, int]:
-        sampled = {}
+    def _sample(self, logits: torch.Tensor, states: Sequence[RequestState], computed: _Computed) -> None:
         for state, token in zip(states, self._sampler.sample(logits, states), strict=True):
             request_id = state.source.request_id
-            if request_id in failed:
+            if request_id in computed.failed:
                 continue
-            if token is None:
-                failed[request_id] = BROKEN if state.matcher is None else DEAD_END
-                continue
-            state.token_ids.append(token)
-            sampled[request_id] = token
-        return sampled
+            if token is not None:
+                computed.sampled[request_id] = token
+            elif state.matcher is not None:
+                computed.failed[request_id] = DEAD_END
+            else:
+                computed.crash(request_id, BROKEN)
+
+    def _keep(self, computed: _Computed) -> frozenset[str]:
+        """Take the tokens into the answers and their grammars. Returns the answers that are complete by that."""
+        states = [self._states[request_id] for request_id in computed.sampled]
+        for state in states:
+            state.token_ids.append(computed.sampled[state.source.request_id])
+        return advance(states, computed.sampled, computed.failed)
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         """Hidden states [T, hidden] of a batch; its keys and values are in the cache afterwards."""
@@ -147,16 +195,16 @@ class ModelRunner:
         return hidden
 
 
-def _broken(hidden: torch.Tensor, scheduled: Sequence[ScheduledRequest]) -> dict[str, str]:
+def _name(item: ScheduledRequest) -> str:
+    return f"request {item.request_id}"
+
+
+def _broken(hidden: torch.Tensor, scheduled: Sequence[ScheduledRequest]) -> list[str]:
     """The requests with a hidden state [T, hidden] that is not finite, at any token of their chunk.
 
     The last token alone would not tell: attention stores what is not finite as 0, so a later chunk looks healthy.
     """
     if bool(hidden.isfinite().all()):
-        return {}
+        return []
     chunks = torch.split(hidden, [item.num_tokens for item in scheduled])
-    return {
-        item.request_id: BROKEN
-        for item, chunk in zip(scheduled, chunks, strict=True)
-        if not bool(chunk.isfinite().all())
-    }
+    return [item.request_id for item, chunk in zip(scheduled, chunks, strict=True) if not bool(chunk.isfinite().all())]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,9 +12,16 @@ from torch import Tensor
 from server.engine.step import TileToEncode
 from server.model.idefics2 import Idefics2Model
 from server.runner.input_batch import RequestState
+from server.runner.isolation import isolate
 from server.types import Tile
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class UnfilledSlots:
+    """Slots whose tile cannot be encoded, and those whose tile could not be for lack of memory."""
+
+    broken: set[int] = field(default_factory=set)
+    starved: set[int] = field(default_factory=set)
 
 
 class VisionRunner:
@@ -33,28 +40,27 @@ class VisionRunner:
         """The slab as [num_slots * rows_per_tile, hidden]."""
         return self.slab.flatten(0, 1)
 
-    def encode(self, tiles: Sequence[TileToEncode], states: Mapping[str, RequestState]) -> set[int]:
-        """Fill the slots of these tiles. Returns the slots that could not be filled."""
+    def encode(self, tiles: Sequence[TileToEncode], states: Mapping[str, RequestState]) -> UnfilledSlots:
+        """Fill the slots of these tiles. Returns those that could not be filled. Raises EngineBrokenError."""
         by_size: defaultdict[tuple[int, int], list[tuple[int, Tile]]] = defaultdict(list)
         for item in tiles:
             tile = states[item.request_id].source.tiles[item.index]
             by_size[tile.height, tile.width].append((item.slot, tile))
-        failed: set[int] = set()
+        unfilled = UnfilledSlots()
         for group in by_size.values():
-            failed |= self._encode_group(group)
-        return failed
+            found = isolate(group, self._encode_group, _name)
+            unfilled.broken |= {slot for slot, _ in found.broken}
+            unfilled.starved |= {slot for slot, _ in found.starved}
+        return unfilled
 
-    def _encode_group(self, group: list[tuple[int, Tile]]) -> set[int]:
-        try:
-            pixels = torch.stack([_pixels(tile) for _, tile in group]).to(self._device)
-            self.slab[[slot for slot, _ in group]] = self._model.encode_tiles(pixels)
-        except Exception:
-            if len(group) > 1:  # find out whose tile it is
-                return set().union(*(self._encode_group([item]) for item in group))
-            slot, tile = group[0]
-            logger.exception("encoding a tile of %d×%d failed", tile.width, tile.height)
-            return {slot}
-        return set()
+    def _encode_group(self, group: Sequence[tuple[int, Tile]]) -> None:
+        pixels = torch.stack([_pixels(tile) for _, tile in group]).to(self._device)
+        self.slab[[slot for slot, _ in group]] = self._model.encode_tiles(pixels)
+
+
+def _name(item: tuple[int, Tile]) -> str:
+    slot, tile = item
+    return f"encoding a tile of {tile.width}×{tile.height} into slot {slot}"
 
 
 def _pixels(tile: Tile) -> Tensor:

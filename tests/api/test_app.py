@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import re
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,7 +21,7 @@ from server.api.middleware import RequestMiddleware
 from server.errors import EngineDeadError, UnavailableError
 from server.types import StepStats
 from tests.api.chat.client import HELLO, post
-from tests.api.scripted_llm import ScriptedLLM
+from tests.api.scripted_llm import TWO_CATS, ScriptedLLM, serving
 from tests.api.wire import CHAT, begin
 from tests.listening import wait_until
 
@@ -250,6 +253,42 @@ def test_an_endless_body_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -
         pytest.raises((BrokenPipeError, ConnectionResetError)),
     ):
         send_for(client, b"4000\r\n" + b"a" * 0x4000 + b"\r\n", seconds=5)
+
+
+@pytest.fixture(scope="module")
+def hasty_url() -> Iterator[str]:
+    with serving(ScriptedLLM(), body_timeout=0.4) as address:
+        yield address
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
+def test_a_body_that_does_not_end(hasty_url: str, path: str, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However steadily it comes: the time is for all of it."""
+    monkeypatch.setattr("server.api.refusal.LINGER_SECONDS", 0.3)
+    started = time.monotonic()
+    answer = b""
+    with begin(hasty_url + path, framing, timeout=0.05) as client:
+        while True:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                client.sendall(b"1\r\na\r\n" if "chunked" in framing else b"a")
+            with contextlib.suppress(TimeoutError):
+                received = client.recv(65536)
+                answer += received
+                if not received:
+                    break
+            assert time.monotonic() - started < 10
+    error = json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert (error["type"], error["code"]) == ("timeout_error", "request_timeout")
+    assert "0.4 seconds" in error["message"]
+    assert b"connection: close" in answer
+
+
+def test_an_answer_may_take_longer_than_a_body() -> None:
+    with serving(ScriptedLLM([0.8, *TWO_CATS]), body_timeout=0.4) as address:
+        for stream in (False, True):
+            assert post(address, stream=stream).status_code == 200
 
 
 # -- what is logged and counted --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.api import app as app_module
-from server.errors import UnavailableError
+from server.errors import EngineDeadError, UnavailableError
 from tests.api.scripted_llm import ScriptedLLM, serving
 
 
@@ -32,6 +32,26 @@ def test_headers_alone(url: str, llm: ScriptedLLM, path: str) -> None:
     llm.is_alive = False
     answer = httpx.head(url + path)
     assert (answer.status_code, answer.content) == (503, b"")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_startup_is_over_once_it_has_been_ready(url: str, llm: ScriptedLLM, method: str) -> None:
+    llm.has_started = llm.is_ready = False
+    answer = httpx.request(method, f"{url}/health/startup")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert httpx.head(f"{url}/health/live").status_code == 200, "it loads"
+    llm.has_started = True
+    llm.is_alive = False
+    assert httpx.request(method, f"{url}/health/startup").status_code == 200
+
+
+def test_a_server_that_restarts_its_engine_is_alive_and_says_so(url: str, llm: ScriptedLLM) -> None:
+    llm.is_ready = False
+    llm.capacity_error = EngineDeadError("restarting", code="engine_restarting", retry_after=7.0)
+    answer = httpx.get(f"{url}/health/ready")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+    assert answer.json()["error"]["code"] == "engine_restarting"
+    assert httpx.head(f"{url}/health/live").status_code == 200
 
 
 def test_a_server_that_drains_is_alive(url: str, llm: ScriptedLLM) -> None:

@@ -17,6 +17,7 @@ CONTEXT = 4096
 SLOTS = 16
 FEW_SLOTS = FEW_QUEUED = 4
 BODY_MIB = 8
+KEY = "sk-conformance-0123456789"
 SETTINGS = (
     *("--dtype", "float32", "--kv-cache-memory-gb", "0.25"),
     *("--max-model-len", str(CONTEXT), "--max-body-mb", str(BODY_MIB), "--served-model-name", MODEL, ALIAS),
@@ -36,6 +37,18 @@ def api(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         made = Api(server)
         yield made
         made.close()
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """A server that asks for KEY."""
+    log = tmp_path_factory.mktemp("guarded") / "log"
+    with running_server(tiny_checkpoint, log, *SETTINGS, IDEFICS2_API_KEY=KEY) as server:
+        made = Api(server)
+        yield made
+        made.close()
+        assert server.stop() == 0
+    assert KEY not in log.read_text()
 
 
 @pytest.fixture(scope="session")

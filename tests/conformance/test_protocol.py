@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.conformance.conftest import BODY_MIB, CONTEXT
+from tests.conformance.conftest import BODY_MIB, CONTEXT, KEY
 from tests.conformance.talk import ALIAS, CHAT, MODEL, Api, Json, check_error, user
 
 HI: Json = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
@@ -326,8 +326,24 @@ def test_case_11_unknown_paths_and_methods(api: Api, method: str, path: str, sta
         assert response.headers["allow"]
 
 
+def test_case_12_a_key_is_asked_for_where_one_is_configured(guarded: Api) -> None:
+    wrong = (f"Bearer {KEY}x", f"Basic {KEY}", "Basic dXNlcjpwdw==", "Bearer", "", KEY)
+    for headers in ({}, *({"authorization": value} for value in wrong)):
+        response = guarded.post(HI, headers=headers)
+        check_error(response, status=401, code="invalid_api_key", param=None)
+        assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/v1/models", "/metrics", "/nothing"):
+            check_error(guarded.get(path, headers=headers), status=401, code="invalid_api_key", param=None)
+        assert guarded.get("/health", headers=headers).status_code == 200
+        for path in (CHAT, "/health", "/v1/models"):
+            check_error(guarded.send("OPTIONS", path), status=405, code="method_not_allowed", param=None)
+    right = {"authorization": f"Bearer {KEY}"}
+    guarded.answer(guarded.post(HI, headers=right))
+    assert guarded.get("/v1/models", headers=right).status_code == 200
+
+
 def test_case_12_without_a_key_configured_every_authorization_is_ignored(api: Api) -> None:
-    """Access keys cannot be configured yet: with none, clients that must send something send what they like."""
+    """Clients that must send something send what they like."""
     for value in ("Bearer EMPTY", "Bearer", "Basic dXNlcjpwdw==", "fake-api-key", "Bearer a b c"):
         api.answer(api.post(HI, headers={"authorization": value}))
         assert api.get("/health", headers={"authorization": value}).status_code == 200

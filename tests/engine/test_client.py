@@ -29,7 +29,7 @@ class Listener:
         for output in batch.outputs:
             self.outputs.put(output)
 
-    def on_death(self, reason: str) -> None:
+    def on_death(self) -> None:
         self.died.set()
 
     def answers(self, requests: Sequence[EngineRequest]) -> dict[str, list[int]]:
@@ -93,7 +93,7 @@ def test_death_of_the_process_is_noticed() -> None:
     client.start(listener.on_outputs, listener.on_death)
     assert client.pid is not None
     os.kill(client.pid, signal.SIGKILL)
-    assert listener.died.wait(5)
+    assert listener.died.wait(20)
     with pytest.raises(EngineDeadError):
         client.submit(make_request(4))
-    client.close()
+    assert client.close() == "SIGKILL ended it"

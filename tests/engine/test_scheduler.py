@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import random
+import dataclasses
+from collections import Counter
 
 import pytest
 
-from server.engine.limits import SchedulerLimits
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
-from server.types import EngineRequest, FinishReason, PlaceholderRange, StepStats
+from server.engine.step import ModelRunnerOutput
+from server.types import EngineOutput, EngineRequest, FinishReason, PlaceholderRange, RequestOrigin, StepStats
+from tests.engine.operations import KINDS, live
 from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_scheduler, make_tile
 
 
@@ -257,78 +259,15 @@ def test_limits_that_cannot_work_are_refused() -> None:
         make_limits(max_num_batched_tokens=4)
 
 
-def random_limits(rng: random.Random) -> SchedulerLimits:
-    return make_limits(
-        num_blocks=rng.choice([16, 24, 40]),
-        max_model_len=64,
-        max_num_seqs=rng.choice([2, 4, 8]),
-        max_num_batched_tokens=rng.choice([8, 16, 64]),
-        max_num_batched_tiles=rng.choice([1, 3]),
-        num_tile_slots=rng.choice([1, 3, 8]),
-        enable_prefix_caching=rng.random() < 0.8,
-    )
-
-
 def test_100_000_random_operations_leak_nothing() -> None:
-    """Adds, cancels, finishes, preemptions and prefix hits at random; the books are checked after each.
+    """Adds, cancels, finishes, preemptions, deferrals, failures and prefix hits; the books are checked after each.
 
     Some requests want several answers, and some are held for a while, as those with a grammar are.
     """
-    seen = dict.fromkeys(("add", "abort", "finish", "preempt", "prefix hit", "tile hit", "release", "choice"), 0)
-    operations = 0
+    seen: Counter[str] = Counter()
     for seed in range(20):
-        rng = random.Random(seed)
-        scheduler, executor = Scheduler(random_limits(rng)), FakeExecutor()
-        alive: list[str] = []
-        held: list[str] = []
-        wanted: dict[str, list[int]] = {}
-        answers: dict[str, list[int]] = {}
-        for _ in range(5_000):
-            operations += 1
-            roll = rng.random()
-            if roll < 0.15 and len(alive) < 12:
-                start = rng.choice([0, 0, 300])  # few distinct beginnings: many prefix hits
-                request = make_request(
-                    range(start, start + rng.randint(1, 20)),
-                    tiles=[rng.choice("abcdef") for _ in range(rng.choice([0, 0, 1, 3]))],
-                    max_tokens=rng.randint(1, 24),
-                    priority=rng.choice([0, 0, 1]),
-                    n=rng.choice([1, 1, 1, 3]),
-                )
-                is_held = rng.random() < 0.2
-                scheduler.add(request, held=is_held)
-                held += [request.request_id] * is_held
-                alive += request.choice_ids
-                wanted |= dict.fromkeys(request.choice_ids, expected_answer(request))
-                seen["add"] += 1
-            elif roll < 0.19 and alive:
-                victim = alive.pop(rng.randrange(len(alive)))
-                scheduler.abort([victim])
-                wanted.pop(victim)
-                seen["abort"] += 1
-            elif roll < 0.23 and held:
-                scheduler.release(held.pop(rng.randrange(len(held))))
-                seen["release"] += 1
-            elif scheduler.has_work:
-                plan = scheduler.schedule()
-                for output in scheduler.update(plan, executor.execute(plan)):
-                    answers.setdefault(output.request_id, []).extend(output.new_token_ids)
-                    if output.finish_reason:
-                        alive.remove(output.request_id)
-                        seen["choice"] += "/" in output.request_id
-                        assert answers[output.request_id] == wanted.pop(output.request_id)
-                        seen["finish"] += 1
-                stats = scheduler.take_stats()
-                seen["preempt"] += stats.num_preemptions
-                seen["prefix hit"] += stats.prefix_hits > 0
-                seen["tile hit"] += stats.tile_hits
-            scheduler.check_integrity()
-        scheduler.abort(alive)
-        scheduler.check_integrity()
-        assert scheduler.holds_nothing
-        assert scheduler.num_waiting == 0
-    assert operations == 100_000
-    assert min(seen.values()) > 300, seen
+        seen.update(live(seed, 5_000))
+    assert min(seen[kind] for kind in KINDS) > 100, seen
 
 
 # -- what a plan says and what it leaves alone ----------------------------------------------------------------------
@@ -592,6 +531,7 @@ def test_counts_are_of_one_step_and_gauges_of_now() -> None:
     scheduler.add(first)
     scheduler.add(second)
     prompt = len(first.prompt_token_ids)
+    computed = [16, prompt - 16, 1, 1, 4, 0]
     expected = [
         {"num_prompt_tokens": 16, "num_encoded_tiles": 1, "tile_queries": 1, "prefix_queries": prompt},
         {"num_prompt_tokens": prompt - 16, "num_generated_tokens": 1},
@@ -611,6 +551,7 @@ def test_counts_are_of_one_step_and_gauges_of_now() -> None:
             num_waiting=waiting,
             num_blocks=64,
             num_used_blocks=blocks,
+            num_computed_tokens=computed[index],
             step_seconds=0.5,
             encode_seconds=0.25,
             **counts,
@@ -630,6 +571,91 @@ def test_when_a_step_breaks_a_preempted_requests_tile_is_not_reused() -> None:
     assert [(output.request_id, output.error) for output in outputs] == [(urgent.request_id, "broken")]
     scheduler.check_integrity()
     assert run(scheduler, executor) == {pictured.request_id: expected_answer(pictured)}
+
+
+def test_who_takes_a_running_requests_place_starts_though_that_one_is_next_in_the_queue() -> None:
+    """A key that has had much gives up its turn to one that has had little, but not the place it has been given."""
+    scheduler, executor = make_scheduler(max_num_seqs=2), FakeExecutor()
+    much, little = RequestOrigin(key="much"), RequestOrigin(key="little")
+    scheduler.add(make_request(30, max_tokens=1, origin=much))
+    run(scheduler, executor)
+    long = [make_request(range(start, start + 4), max_tokens=20, origin=little) for start in (500, 600)]
+    for request in long:
+        scheduler.add(request)
+    step(scheduler, executor)
+    newcomer = make_request(range(700, 704), max_tokens=2, origin=much)
+    scheduler.add(newcomer)
+    assert set(plan_of(scheduler, executor)) == {long[0].request_id, newcomer.request_id}
+    answers = run(scheduler, executor)
+    assert scheduler.take_stats().num_preemptions >= 1
+    assert answers[newcomer.request_id] == expected_answer(newcomer)[1:]
+
+
+# -- too little memory ------------------------------------------------------------------------------------------------
+
+
+def defer_all(scheduler: Scheduler) -> list[EngineOutput]:
+    """A step for which there is no memory at all."""
+    plan = scheduler.schedule()
+    names = frozenset(item.request_id for item in plan.scheduled)
+    slots = frozenset(tile.slot for tile in plan.tiles)
+    outputs = scheduler.update(plan, ModelRunnerOutput(sampled={}, deferred=names, failed_slots=slots))
+    scheduler.check_integrity()
+    return outputs
+
+
+def test_a_deferred_request_gives_all_back_and_keeps_its_place() -> None:
+    scheduler, executor = make_scheduler(max_num_seqs=1), FakeExecutor()
+    first, second = make_request(9, tiles=["a"], max_tokens=3), make_request(range(500, 509), max_tokens=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    plan_of(scheduler, executor)
+    assert defer_all(scheduler) == []
+    assert scheduler.holds_nothing
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 2)
+    assert scheduler.take_stats().num_preemptions == 1
+    answers = run(scheduler, executor)
+    assert list(answers) == [first.request_id, second.request_id]
+    assert answers[first.request_id] == expected_answer(first)[1:]
+
+
+def test_the_third_deferral_in_a_row_ends_a_request_and_a_token_between_begins_the_count_again() -> None:
+    scheduler, executor = make_scheduler(), FakeExecutor()
+    request = make_request(9, max_tokens=5)
+    scheduler.add(request)
+    step(scheduler, executor)
+    for _ in range(2):
+        assert defer_all(scheduler) == []
+    step(scheduler, executor)
+    for _ in range(2):
+        assert defer_all(scheduler) == []
+    (output,) = defer_all(scheduler)
+    assert (output.finish_reason, output.error_code) == (FinishReason.ERROR, "out_of_memory")
+    assert output.num_preemptions == 4
+    assert output.new_token_ids == []
+    assert not scheduler.has_work
+    assert scheduler.take_finished() == [request.request_id]
+
+
+def test_a_tile_that_had_no_memory_is_not_reused_whoever_shares_it() -> None:
+    """The request that it was planned for fails for another reason; the one that shares it is deferred."""
+    scheduler, executor = make_scheduler(max_num_batched_tiles=2, max_num_batched_tokens=64), FakeExecutor()
+    owner, sharer = make_request(4, tiles=["x"], max_tokens=1), make_request(range(50, 54), tiles=["x"], max_tokens=1)
+    scheduler.add(owner)
+    scheduler.add(sharer)
+    plan = scheduler.schedule()
+    (tile,) = plan.tiles
+    result = ModelRunnerOutput(
+        sampled={},
+        failed={owner.request_id: "injected"},
+        deferred=frozenset({sharer.request_id}),
+        failed_slots=frozenset({tile.slot}),
+    )
+    executor.execute(dataclasses.replace(plan, scheduled=[], tiles=[]))
+    scheduler.update(plan, result)
+    scheduler.check_integrity()
+    assert make_tile("x").key not in scheduler.encoder
+    assert run(scheduler, executor) == {sharer.request_id: expected_answer(sharer)}
 
 
 # -- known faults -----------------------------------------------------------------------------------------------------

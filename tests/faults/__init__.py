@@ -5,7 +5,9 @@ figure is out of bounds; the exit status says whether any was.
 """
 
 from tests.faults.bench import Scenario
+from tests.faults.engines import first_request, hang_engine, kill_engine
 from tests.faults.leavers import disconnect, slow_readers, storm
+from tests.faults.leaving import second_signal, sigterm
 from tests.faults.neighbours import fairness, pictures, uploads
 from tests.faults.overload import overload
 from tests.faults.truth import metrics
@@ -19,4 +21,9 @@ SCENARIOS: dict[str, Scenario] = {
     "storm": storm,
     "slow_readers": slow_readers,
     "metrics": metrics,
+    "kill_engine": kill_engine,
+    "hang_engine": hang_engine,
+    "first_request": first_request,
+    "sigterm": sigterm,
+    "second_signal": second_signal,
 }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
+import signal
 import statistics
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -17,7 +20,7 @@ from typing import Any
 import httpx
 
 from tests.conformance import sabotage
-from tests.serving import Server, running_server
+from tests.serving import ROOT, Server, clean_environment, command, free_port, running_server
 
 CHAT = "/v1/chat/completions"
 SMALL = ("--dtype", "float32", "--kv-cache-memory-gb", "0.25")
@@ -45,6 +48,7 @@ class Seen:
     tokens: int = 0
     error: str = ""  # an error's code, or a transport error's name
     finished: bool = False  # with a finish reason, or whole
+    done: bool = False  # [DONE] came
     retry_after: str = ""
     gaps: list[float] = field(default_factory=list)
 
@@ -68,6 +72,28 @@ class Workbench:
         with running_server(self.checkpoint, log, *SMALL, *args, module=sabotage.__name__) as server:
             yield server
 
+    def start(self, *args: str, name: str, port: int | None = None) -> Server:
+        """One that is neither waited for nor ended, with a process group of its own. A second one adds to the log."""
+        port = port or free_port()
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                command("serve", str(self.checkpoint), "--port", str(port), *SMALL, *args),
+                cwd=ROOT,
+                env=clean_environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Server(process, f"http://127.0.0.1:{port}", log)
+
+
+def end_group(server: Server) -> None:
+    """Kill a server that was started with a group of its own, and whatever is left of that group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+
 
 Scenario = Callable[[Workbench], Awaitable[list[Row]]]
 
@@ -87,9 +113,19 @@ def chat(text: str = "Count.", *, max_tokens: int = 16, **fields: Any) -> dict[s
     return {"messages": [message], "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0, **fields}
 
 
-async def ask(http: httpx.AsyncClient, body: Mapping[str, Any], *, headers: Mapping[str, str] | None = None) -> Seen:
-    """Send a chat request, streamed if it says so, and read its answer to whatever end it has."""
-    seen = Seen(begun=time.perf_counter())
+async def ask(
+    http: httpx.AsyncClient,
+    body: Mapping[str, Any],
+    *,
+    headers: Mapping[str, str] | None = None,
+    seen: Seen | None = None,
+) -> Seen:
+    """Send a chat request, streamed if it says so, and read its answer to whatever end it has.
+
+    `seen` is filled on the way, for whoever wants to look at it meanwhile.
+    """
+    seen = seen or Seen()
+    seen.begun = time.perf_counter()
     try:
         async with http.stream("POST", CHAT, json=dict(body), headers=headers) as answer:
             seen.status = answer.status_code
@@ -118,7 +154,9 @@ async def _read_whole(answer: httpx.Response, seen: Seen) -> None:
 async def _read_stream(answer: httpx.Response, seen: Seen) -> None:
     last = None
     async for line in answer.aiter_lines():
-        if not line.startswith("data: ") or line == "data: [DONE]":
+        if line == "data: [DONE]":
+            seen.done = True
+        if not line.startswith("data: ") or seen.done:
             continue
         event = json.loads(line[6:])
         if "error" in event:

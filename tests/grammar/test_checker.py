@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -17,24 +19,70 @@ from server.types import GrammarSpec
 from tests.grammar.walks import Model, schema_spec
 
 
+class Blocking:
+    """A checker and an event loop for it, for tests that ask one thing after the other."""
+
+    def __init__(self, vocabulary: VocabularySpec, *, num_children: int = 1) -> None:
+        self._runner = asyncio.Runner()
+        self.checker = GrammarChecker(vocabulary, num_children=num_children)
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._runner.run(work)
+
+    def start(self) -> None:
+        self.run(self.checker.start())
+
+    def check(self, spec: GrammarSpec) -> None:
+        self.run(self.checker.check(spec))
+
+    def wait_until_replaced(self) -> None:
+        """A broken child is replaced in the background."""
+        self.run(asyncio.wait_for(self._replaced(), 30))
+
+    async def _replaced(self) -> None:
+        while not all(child.is_running for child in self.checker._children) or self.checker._tasks:
+            await asyncio.sleep(0.01)
+
+    @property
+    def pids(self) -> list[int]:
+        found = [child.pid for child in self.checker._children if child.pid is not None]
+        assert len(found) == len(self.checker._children)
+        return found
+
+    @property
+    def pid(self) -> int:
+        (only,) = self.pids
+        return only
+
+    def close(self) -> None:
+        self.run(self.checker.close())
+
+    def end(self) -> None:
+        self.close()
+        self._runner.close()
+
+
+@contextmanager
+def checking(vocabulary: VocabularySpec, *, num_children: int = 1) -> Iterator[Blocking]:
+    checker = Blocking(vocabulary, num_children=num_children)
+    try:
+        yield checker
+    finally:
+        checker.end()
+
+
 @pytest.fixture(scope="module")
-def shared(model: Model) -> Iterator[GrammarChecker]:
-    checker = GrammarChecker(model.vocabulary)
-    yield checker
-    checker.close()
+def shared(model: Model) -> Iterator[Blocking]:
+    with checking(model.vocabulary) as checker:
+        yield checker
 
 
-def refusal(checker: GrammarChecker, spec: GrammarSpec) -> str:
+def refusal(checker: Blocking, spec: GrammarSpec) -> str:
     with pytest.raises(ClientError) as caught:
         checker.check(spec)
     assert caught.value.param == spec.param
     assert caught.value.code == "invalid_value"
     return caught.value.message
-
-
-def pid(checker: GrammarChecker) -> int:
-    assert checker._child is not None
-    return checker._child.pid
 
 
 @pytest.mark.parametrize(
@@ -50,11 +98,11 @@ def pid(checker: GrammarChecker) -> int:
         GrammarSpec("grammar", 'start: "a" start | "b"'),
     ],
 )
-def test_what_is_fine_passes(shared: GrammarChecker, spec: GrammarSpec) -> None:
+def test_what_is_fine_passes(shared: Blocking, spec: GrammarSpec) -> None:
     shared.check(spec)
 
 
-def test_refusals_come_with_their_reason(shared: GrammarChecker) -> None:
+def test_refusals_come_with_their_reason(shared: Blocking) -> None:
     spec = schema_spec({"not": {}})
     assert refusal(shared, spec) == "the JSON schema is not supported: the keyword not is not supported"
     other = GrammarSpec("json_schema", spec.source, "other.param")
@@ -95,11 +143,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_sources_cost_a_process_and_little_time(shared: GrammarChecker, name: str) -> None:
+def test_hostile_sources_cost_a_process_and_little_time(shared: Blocking, name: str) -> None:
     shared.start()
     before = _cpu_seconds()
     assert "it is too large or too complex" in refusal(shared, HOSTILE[name])
-    assert _cpu_seconds() - before < CHECK_SECONDS + 1.0  # with the child's start
+    assert _cpu_seconds() - before < CHECK_SECONDS + 1.0  # with the next child's start
+    shared.wait_until_replaced()
 
 
 def _cpu_seconds() -> float:
@@ -109,125 +158,180 @@ def _cpu_seconds() -> float:
 
 
 def test_verdicts_are_remembered(model: Model) -> None:
-    checker = GrammarChecker(model.vocabulary)
-    checker.start()
-    crash = reference_chain(1450)
-    message = refusal(checker, crash)
-    fine = schema_spec({"type": "null"})
-    checker.check(fine)
-    child = pid(checker)
-    os.kill(child, signal.SIGSTOP)  # it cannot answer any more
-    checker.check(fine)
-    assert refusal(checker, crash) == message
-    assert pid(checker) == child
-    checker.close()
+    with checking(model.vocabulary) as checker:
+        crash = reference_chain(1450)
+        message = refusal(checker, crash)
+        checker.wait_until_replaced()
+        fine = schema_spec({"type": "null"})
+        checker.check(fine)
+        child = checker.pid
+        os.kill(child, signal.SIGSTOP)  # it cannot answer any more
+        checker.check(fine)
+        assert refusal(checker, crash) == message
+        assert checker.pid == child
 
 
-def test_a_dead_child_is_replaced(shared: GrammarChecker) -> None:
+def test_a_child_that_died_is_replaced(shared: Blocking) -> None:
     shared.start()
-    before = pid(shared)
+    before = shared.pid
     os.kill(before, signal.SIGKILL)
-    assert shared._child is not None
-    shared._child.wait()
+    shared.run(_until(lambda: not shared.checker._children[0].is_running))
     shared.check(GrammarSpec("regex", "after a death"))
-    assert pid(shared) != before
+    assert shared.pid != before
 
 
-def test_a_signal_to_the_group_is_the_parents(shared: GrammarChecker) -> None:
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_signal_to_the_group_is_the_parents(shared: Blocking) -> None:
     shared.start()
-    before = pid(shared)
+    before = shared.pid
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(before, number)
     shared.check(GrammarSpec("regex", "after signals"))
-    assert pid(shared) == before
+    assert shared.pid == before
 
 
 def test_a_child_that_gets_no_time_is_nobodys_fault(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    checker = GrammarChecker(model.vocabulary)
-    checker.start()
-    child = pid(checker)
-    os.kill(child, signal.SIGSTOP)
-    spec = GrammarSpec("regex", "never seen")
-    with monkeypatch.context() as patch:
-        patch.setattr(checker_module, "_ANSWER_SECONDS", 0.2)
-        with pytest.raises(UnavailableError) as caught:
-            checker.check(spec)
-    assert caught.value.code == "grammar_checker_unavailable"
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-    checker.check(spec)
-    checker.close()
+    with checking(model.vocabulary) as checker:
+        checker.start()
+        child = checker.pid
+        os.kill(child, signal.SIGSTOP)
+        spec = GrammarSpec("regex", "never seen")
+        with monkeypatch.context() as patch:
+            patch.setattr(checker_module, "_ANSWER_SECONDS", 0.2)
+            with pytest.raises(UnavailableError) as caught:
+                checker.check(spec)
+        assert caught.value.code == "grammar_checker_unavailable"
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+        checker.check(spec)
 
 
-def test_threads_share_the_child(shared: GrammarChecker) -> None:
-    results: dict[int, str] = {}
-
-    def work(index: int) -> None:
-        try:
-            shared.check(schema_spec({"const": index} if index % 2 else {"not": {"const": index}}))
-            results[index] = "fine"
-        except ClientError as error:
-            results[index] = error.message
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all((results[index] == "fine") == bool(index % 2) for index in range(16))
+async def outcome(checker: GrammarChecker, spec: GrammarSpec, key: str = "") -> str:
+    try:
+        await checker.check(spec, key=key)
+    except ClientError:
+        return "refused"
+    except UnavailableError as error:
+        return error.message
+    return "fine"
 
 
-def test_closing_ends_the_child_and_all_checks(model: Model) -> None:
-    checker = GrammarChecker(model.vocabulary)
-    checker.start()
-    child = pid(checker)
-    checker.close()
-    checker.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-    with pytest.raises(UnavailableError):
-        checker.check(GrammarSpec("regex", "a"))
+def test_many_at_once_each_get_their_own_verdict(model: Model) -> None:
+    async def ask(checker: GrammarChecker) -> list[str]:
+        specs = (schema_spec({"const": i // 2} if i % 2 else {"not": {"const": i // 2}}) for i in range(32))
+        return await asyncio.gather(*(outcome(checker, spec) for spec in specs))
+
+    with checking(model.vocabulary, num_children=2) as checker:
+        assert checker.run(ask(checker.checker)) == ["refused", "fine"] * 16
+
+
+def test_whoever_sends_what_takes_long_delays_only_themselves(model: Model) -> None:
+    """With as many slow grammars as there are children, all of one client."""
+
+    async def ask(checker: GrammarChecker) -> list[str]:
+        order: list[str] = []
+
+        async def note(name: str, spec: GrammarSpec, key: str) -> None:
+            await outcome(checker, spec, key)
+            order.append(name)
+
+        slow = [note(f"slow {i}", GrammarSpec("regex", "a?" * (10_000 + i) + "a" * 10_000), "one") for i in range(2)]
+        quick = [note("quick", GrammarSpec("regex", f"[a-z]{{{i + 1}}}"), "two") for i in range(4)]
+        await asyncio.gather(*slow, *quick)
+        return order
+
+    with checking(model.vocabulary, num_children=2) as checker:
+        checker.start()
+        order = checker.run(ask(checker.checker))
+        assert order[:4] == ["quick"] * 4
+        assert sorted(order[4:]) == ["slow 0", "slow 1"]
+        checker.wait_until_replaced()
+
+
+def test_a_client_that_leaves_costs_nobody_a_child(model: Model) -> None:
+    async def ask(checker: GrammarChecker) -> list[str]:
+        leaving = [asyncio.create_task(outcome(checker, GrammarSpec("regex", f"b{{{i + 1}}}"))) for i in range(20)]
+        staying = asyncio.create_task(outcome(checker, GrammarSpec("regex", "c")))
+        await asyncio.sleep(0)
+        for task in leaving[::2]:
+            task.cancel()
+        return await asyncio.gather(*leaving[1::2], staying)
+
+    with checking(model.vocabulary, num_children=2) as checker:
+        checker.start()
+        before = checker.pids
+        assert checker.run(ask(checker.checker)) == ["fine"] * 11
+        assert checker.pids == before
+
+
+def test_closing_ends_the_children_and_all_checks(model: Model) -> None:
+    async def ask(checker: GrammarChecker) -> list[str]:
+        asking = [
+            asyncio.create_task(outcome(checker, GrammarSpec("regex", "a?" * (10_000 + i) + "a" * 10_000)))
+            for i in range(4)
+        ]
+        await asyncio.sleep(0.1)  # two are under way, two wait
+        await checker.close()
+        return await asyncio.gather(*asking)
+
+    with checking(model.vocabulary, num_children=2) as checker:
+        checker.start()
+        children = checker.pids
+        assert checker.run(ask(checker.checker)) == ["the server is shutting down"] * 4
+        checker.close()
+        for child in children:
+            with pytest.raises(ProcessLookupError):
+                os.kill(child, 0)
+        with pytest.raises(UnavailableError):
+            checker.check(GrammarSpec("regex", "a"))
 
 
 def test_a_child_that_cannot_start_is_the_servers_fault() -> None:
     unusable = VocabularySpec(token_bytes=[], special_token_ids=frozenset(), eos_token_ids=(), vocab_size=0)
-    checker = GrammarChecker(unusable)
-    with pytest.raises(UnavailableError):
-        checker.check(GrammarSpec("regex", "a"))
-    assert checker._child is None
+    with checking(unusable) as checker:
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                checker.check(GrammarSpec("regex", "a"))
+            checker.run(_until(lambda: not checker.checker._tasks))
+        assert not checker.checker._children[0].is_running
 
 
-def test_the_child_sees_no_secrets(shared: GrammarChecker, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_the_child_sees_no_secrets(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     monkeypatch.setenv("IDEFICS2_TEST_SECRET", "hunter2")
-    checker = GrammarChecker(model.vocabulary)
-    checker.start()
-    with open(f"/proc/{pid(checker)}/environ", "rb") as environment:
-        assert b"hunter2" not in environment.read()
-    checker.close()
+    with checking(model.vocabulary) as checker:
+        checker.start()
+        with open(f"/proc/{checker.pid}/environ", "rb") as environment:
+            assert b"hunter2" not in environment.read()
 
 
-def test_the_childs_memory_is_bounded(shared: GrammarChecker) -> None:
+def test_the_childs_memory_is_bounded(shared: Blocking) -> None:
     shared.start()
-    with open(f"/proc/{pid(shared)}/limits", encoding="ascii") as limits:
+    with open(f"/proc/{shared.pid}/limits", encoding="ascii") as limits:
         limit = next(line for line in limits if line.startswith("Max address space")).split()[3]
-    with open(f"/proc/{pid(shared)}/statm", encoding="ascii") as statm:
+    with open(f"/proc/{shared.pid}/statm", encoding="ascii") as statm:
         used = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     assert 0 < int(limit) - used <= 1 << 30
 
 
-def test_a_source_may_be_fine_as_one_kind_alone(shared: GrammarChecker) -> None:
+def test_a_source_may_be_fine_as_one_kind_alone(shared: Blocking) -> None:
     shared.check(GrammarSpec("regex", "[abc]"))
     assert "not valid JSON" in refusal(shared, GrammarSpec("choice", "[abc]"))
 
 
-def test_the_slowest_step_counts(shared: GrammarChecker) -> None:
+def test_the_slowest_step_counts(shared: Blocking) -> None:
     """A grammar that compiles in milliseconds, and would then hold up each step of everybody's."""
+    shared.start()
+    before = shared.pid
     ambiguous = GrammarSpec("grammar", 'start: s\ns: s s | s s s | "a" | ""')
     assert "it is too large or too complex" in refusal(shared, ambiguous)
-    assert shared._child is not None
-    assert shared._child.poll() is None
+    assert shared.pid == before
 
 
-def test_json_of_a_spec_travels_whole(shared: GrammarChecker) -> None:
+def test_json_of_a_spec_travels_whole(shared: Blocking) -> None:
     source = json.dumps({"enum": ["é" * 20_000, "🙂" * 100]}, ensure_ascii=False)
     shared.check(GrammarSpec("json_schema", source))

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from server.inputs.image_processor import cut_and_resize, named_tile
+from server.types import ImageSettings, Tile
+
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -25,6 +28,12 @@ def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
 
 def noise_png(width: int, height: int, seed: int = 0) -> bytes:
     return encoded(noise(width, height, seed), "PNG")
+
+
+def make_tiles(image: Image.Image, *, split: bool, settings: ImageSettings) -> list[Tile]:
+    """What a picture becomes, without processes in between."""
+    pictures = cut_and_resize(image, split=split, settings=settings)
+    return [named_tile(picture.height, picture.width, picture.tobytes()) for picture in pictures]
 
 
 def as_data_url(data: bytes) -> str:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 from PIL import Image
 
 from server.errors import ClientError, UnavailableError
+from server.inputs import image_pool
 from server.inputs.image_decode import decode_rgb
 from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import make_tiles
+from server.inputs.image_processor import named_tile
 from server.inputs.image_worker import Job, Reply
 from server.observability.metrics import ServerMetrics
 from server.types import ImageSettings
-from tests.inputs.pictures import encoded, noise, noise_png
+from tests.inputs.pictures import encoded, make_tiles, noise, noise_png
 from tests.observability.scrape import values
 
 SETTINGS = ImageSettings(do_image_splitting=True)
@@ -236,7 +238,7 @@ def test_random_cancellation_leaves_the_pool_whole() -> None:
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
                 assert isinstance(outcome, tuple | asyncio.CancelledError)
         await assert_works(pool)
-        await until(lambda: not pool._renewals)
+        await until(lambda: not pool._tasks)
         assert pool._idle.qsize() == 2
 
     with_pool(test, workers=2)
@@ -339,20 +341,110 @@ def test_a_pool_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     asyncio.run(test())
 
 
-def test_recovers_once_workers_can_be_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def no_worker_can_be_started(pool: ImagePool, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """The one worker dies as well, and two images have found out that there is no other."""
+    [pid] = pids(pool)
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/none")
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: not pool._workers[0].running)
+        for _ in range(2):  # a try for each image and one more after it, of which the third counts
+            with pytest.raises(UnavailableError) as caught:
+                await pool.tiles(SMALL, split=False, param="p")
+            assert caught.value.code == "image_worker_unavailable"
+        yield
+
+
+def test_workers_that_cannot_be_replaced_make_the_pool_unhealthy_until_one_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(image_pool, "_HEAL_SECONDS", 0.05)
+
+    async def test(pool: ImagePool) -> None:
+        assert pool.is_healthy
+        async with no_worker_can_be_started(pool, monkeypatch):
+            assert not pool.is_healthy
+            await asyncio.sleep(0.3)
+            assert not pool.is_healthy
+        await until(lambda: pool.is_healthy)  # by itself: an unhealthy server is sent no images
+        await until(lambda: not pool._tasks)
+        [pid] = pids(pool)
+        await assert_works(pool)
+        assert pids(pool) == [pid]
+
+    with_pool(test)
+
+
+def test_an_image_that_finds_a_worker_again_makes_the_pool_healthy() -> None:
+    async def test(pool: ImagePool) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            async with no_worker_can_be_started(pool, monkeypatch):
+                assert not pool.is_healthy
+        await assert_works(pool)
+        assert pool.is_healthy
+
+    with_pool(test)
+
+
+def test_one_failed_start_is_no_illness(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(pool: ImagePool) -> None:
         [pid] = pids(pool)
         with monkeypatch.context() as broken:
-            broken.setattr(sys, "executable", str(tmp_path / "none"))
+            broken.setattr(sys, "executable", "/none")
+            os.kill(pid, signal.SIGSTOP)
+            held = asyncio.create_task(pool.tiles(SMALL, split=True, param="p"))
+            await asyncio.sleep(0.1)
             os.kill(pid, signal.SIGKILL)
-            await until(lambda: not pool._workers[0].running)
-            for _ in range(2):
-                with pytest.raises(UnavailableError):
-                    await pool.tiles(SMALL, split=False, param="p")
-            await until(lambda: not pool._renewals)
+            await error_of(held)  # type: ignore[arg-type]
+            await until(lambda: not pool._tasks)
+        assert (pool._failed_starts, pool.is_healthy) == (1, True)
         await assert_works(pool)
+        assert pool._failed_starts == 0
 
     with_pool(test)
+
+
+def test_closing_an_unhealthy_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(pool: ImagePool) -> None:
+        async with no_worker_can_be_started(pool, monkeypatch):
+            await pool.close()
+
+    with_pool(test)
+
+
+def test_tiles_are_named_by_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker that a hostile file has taken over cannot pass its pixels off as those of somebody else's picture."""
+    taken_over = tmp_path / "python"
+    taken_over.write_text(f"#!{sys.executable}\n{TAKEN_OVER}")
+    taken_over.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(taken_over))
+
+    async def test(pool: ImagePool) -> None:
+        [tile] = await pool.tiles(SMALL, split=False, param="p")
+        pixels = b"\7" * (378 * 378 * 3)
+        assert tile == named_tile(378, 378, pixels)
+        # Nor can it give fewer than there are.
+        assert (await error_of(pool.tiles(SMALL, split=True, param="p"))).code == "image_parse_error"
+
+    with_pool(test)
+
+
+# A worker of our own for all jobs: a tile of sevens with a key of its choice, one tile where five are wanted.
+TAKEN_OVER = """
+import sys
+import msgspec
+def send(reply, pixels=b""):
+    message = msgspec.msgpack.encode(reply)
+    sys.stdout.buffer.write(len(message).to_bytes(4, "big") + message + pixels)
+    sys.stdout.buffer.flush()
+send({})
+while length := sys.stdin.buffer.read(4):
+    job = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(length, "big")))
+    sys.stdin.buffer.read(job["data_length"])
+    tile = {"key": bytes(32), "height": 378, "width": 378}
+    send({"tiles": [tile]}, bytes([7]) * (378 * 378 * 3))
+"""
 
 
 # --- the worker itself, over its pipes ---

@@ -13,9 +13,9 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import (
     get_resize_output_image_size,
 )
 
-from server.inputs.image_processor import make_tiles, resized_size, tile_count
+from server.inputs.image_processor import resized_size, tile_count
 from server.types import ImageSettings, Tile
-from tests.inputs.pictures import noise
+from tests.inputs.pictures import make_tiles, noise
 
 SETTINGS = ImageSettings(do_image_splitting=True)
 REFERENCE = Idefics2ImageProcessorPil()

@@ -1,74 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 
-from server.errors import ClientError
-from server.inputs.image_decode import decode_rgb
-from server.inputs.image_fetch import ImageFetcher
-from server.inputs.image_pool import ImagePool
-from server.inputs.image_processor import make_tiles
-from server.inputs.images import ImageLoader
-from server.observability.metrics import ServerMetrics
-from server.types import ImageDetail, ImageInput, ImageSettings, Tile
-from tests.inputs.loopback import Handler, Seen, WebServer, answer, raw, web_server
+from server.inputs import image_fetch
+from server.types import ImageDetail, ImageInput, ImageSettings
+from tests.inputs.loading import Bench, refusal, tiles_of, with_loader
+from tests.inputs.loopback import Seen, answer, raw
 from tests.inputs.pictures import as_data_url, noise_png
-from tests.observability.scrape import values
-
-SETTINGS = ImageSettings(do_image_splitting=True)
-LIMIT = 40_000_000
-
-
-class Bench:
-    """A loader with all that it needs, and what it counts."""
-
-    def __init__(self, server: WebServer, *, settings: ImageSettings = SETTINGS, **options: Any) -> None:
-        self.server = server
-        self.url = f"http://127.0.0.1:{server.port}"
-        self.metrics = ServerMetrics("m")
-        networks = [ipaddress.ip_network("127.0.0.0/8")]
-        fetcher = ImageFetcher(1 << 20, 10.0, extra_networks=networks, extra_ports=[server.port])
-        self.pool = ImagePool(2, 20.0, max_pixels=LIMIT, settings=settings, metrics=self.metrics)
-        options = {"splitting": "auto", "max_bytes": 1 << 20} | options
-        self.loader = ImageLoader(fetcher, self.pool, settings, metrics=self.metrics, **options)
-
-    def count(self, name: str) -> float:
-        return values(self.metrics)[name]
-
-    @property
-    def num_decoded(self) -> float:
-        return self.count("image_decode_seconds_count")
-
-    async def load(self, *urls: str, detail: ImageDetail = "low") -> list[tuple[Tile, ...]]:
-        return await self.loader.load([ImageInput(url, detail, f"images[{index}]") for index, url in enumerate(urls)])
-
-
-def with_loader(handlers: dict[str, Handler], test: Callable[[Bench], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        async with web_server(handlers) as server, asyncio.timeout(60):
-            bench = Bench(server, **options)
-            await bench.loader.start()
-            try:
-                await test(bench)
-            finally:
-                await bench.loader.close()
-
-    asyncio.run(run())
-
-
-def tiles_of(data: bytes, *, split: bool) -> tuple[Tile, ...]:
-    return tuple(make_tiles(decode_rgb(data, max_pixels=LIMIT), split=split, settings=SETTINGS))
-
-
-async def refusal(call: Awaitable[object]) -> ClientError:
-    with pytest.raises(ClientError) as caught:
-        await call
-    return caught.value
 
 
 def test_tiles_come_in_the_order_of_the_images() -> None:
@@ -222,7 +165,9 @@ def test_errors_name_the_image(bad: str, code: str) -> None:
     with_loader({"/missing": answer(status="404 Not Found"), "/corrupt": answer(data[:100])}, test)
 
 
-def test_the_first_failure_ends_the_rest() -> None:
+def test_the_first_failure_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_fetch, "_SLOW_START_SECONDS", 50.0)
+
     async def test(bench: Bench) -> None:
         start = time.perf_counter()
         slow = [f"{bench.url}/slow?{index}" for index in range(3)]
@@ -263,7 +208,7 @@ def test_what_is_counted() -> None:
         assert (bench.count("images_per_request_count"), bench.count("images_per_request_sum")) == (2, 6)
         assert bench.count("image_fetch_seconds_count") == 1  # not of what failed
         queries, hits = bench.count("image_cache_queries_total"), bench.count("image_cache_hits_total")
-        assert queries == 4  # each file of a request once
+        assert queries == 2  # each file of a request once
         assert hits == queries - bench.num_decoded >= 1
 
     with_loader({"/x": answer(data), "/none": answer(status="404 Not Found")}, test)

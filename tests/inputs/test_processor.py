@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from server.types import (
     ImageDetail,
     ImageInput,
     PromptInput,
+    RequestOrigin,
     SamplingParams,
     TextPart,
     Truncation,
@@ -39,10 +41,10 @@ ROLES = ("user", "assistant", "system")
 class NoGrammars:
     """Stands where nothing in these tests has a grammar."""
 
-    def start(self) -> None:
+    async def start(self) -> None:
         pass
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass
 
 
@@ -51,6 +53,7 @@ class FakeImages:
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.loaded: list[list[str]] = []
+        self.asked_by: list[tuple[str, str]] = []
         self.failure = failure
         self.log: list[str] = []
 
@@ -63,15 +66,21 @@ class FakeImages:
     def num_tiles(self, image: ImageInput) -> int:
         return 5 if image.detail == "high" else 1
 
-    async def load(self, images: Sequence[ImageInput]) -> list[Tiles]:
+    async def load(self, images: Sequence[ImageInput], *, key: str, salt: str) -> list[Tiles]:
         self.loaded.append([image.url for image in images])
+        self.asked_by.append((key, salt))
         if self.failure is not None:
             raise self.failure
         return [tuple(make_tile(f"{image.url}-{i}") for i in range(self.num_tiles(image))) for image in images]
 
 
 def make_processor(
-    tokenizer: Tokenizer, images: FakeImages | None = None, *, template: str = FAMILY_TEMPLATE, max_images: int = 4
+    tokenizer: Tokenizer,
+    images: FakeImages | None = None,
+    *,
+    template: str = FAMILY_TEMPLATE,
+    max_images: int = 4,
+    share_caches_between_keys: bool = False,
 ) -> InputProcessor:
     return InputProcessor(
         tokenizer=tokenizer,
@@ -82,6 +91,7 @@ def make_processor(
         rows_per_tile=64,
         eos_token_ids=(2, 32002),
         max_images=max_images,
+        share_caches_between_keys=share_caches_between_keys,
     )
 
 
@@ -339,6 +349,32 @@ def test_a_request_carries_what_the_engine_needs(tokenizer: Tokenizer) -> None:
     assert (request.priority, request.cache_salt, request.eos_token_ids) == (7, "salt", (2, 32002))
     assert request.sampling == chat.sampling
     assert request.request_id.startswith("mine")
+
+
+def salts(processor: InputProcessor, images: FakeImages, askers: Sequence[tuple[str, str]]) -> list[str]:
+    """What keeps the caches of these (key, cache_salt) apart; pictures and blocks are salted alike."""
+    images.asked_by.clear()
+    found = []
+    for key, cache_salt in askers:
+        chat = msgspec.structs.replace(make_chat(turn("x")), origin=RequestOrigin(key=key), cache_salt=cache_salt)
+        found.append(process(processor, chat).cache_salt)
+    assert images.asked_by == [(key, salt) for (key, _), salt in zip(askers, found, strict=True)]
+    return found
+
+
+def test_no_two_keys_share_a_salt_whatever_their_clients_choose(tokenizer: Tokenizer) -> None:
+    images = FakeImages()
+    askers = [(key, salt) for key in ("a", "a:b", "ab", "1:a") for salt in ("", "a", "b", ":b", "b:", "1:a:", "a:b")]
+    found = salts(make_processor(tokenizer, images), images, askers)
+    assert len(set(found)) == len(askers)
+    assert "" not in found
+
+
+def test_without_keys_or_where_keys_share_the_clients_salt_alone_counts(tokenizer: Tokenizer) -> None:
+    images = FakeImages()
+    assert salts(make_processor(tokenizer, images), images, [("", ""), ("", "x")]) == ["", "x"]
+    sharing = make_processor(tokenizer, images, share_caches_between_keys=True)
+    assert salts(sharing, images, [("a", ""), ("b", ""), ("a", "x"), ("b", "x")]) == ["", "", "x", "x"]
 
 
 def test_ids_are_never_the_same_even_where_clients_choose_them_so(tokenizer: Tokenizer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.errors import EngineDeadError, RequestFailedError
+from server.errors import EngineDeadError, RequestFailedError, UnavailableError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
@@ -65,6 +65,7 @@ class Reader:
         stop_token: int | None = None,
         cached: int = 0,
         error: str | None = None,
+        error_code: str | None = None,
         queue_seconds: float | None = None,
     ) -> None:
         """As the engine does: one output a token, the end on the last."""
@@ -80,6 +81,7 @@ class Reader:
                 num_cached_tokens=cached,
                 queue_seconds=queue_seconds,
                 error=error,
+                error_code=error_code,
             )
             self.stream.push(output, self.now)
 
@@ -284,6 +286,15 @@ def test_an_error_without_text_is_raised_at_once() -> None:
     assert reader.wakes == 1
     with pytest.raises(RequestFailedError, match="broken"):
         reader.stream.take()
+
+
+def test_an_error_with_a_code_is_one_to_try_again() -> None:
+    reader = Reader()
+    reader.push([], finish=FinishReason.ERROR, error="no memory", error_code="out_of_memory")
+    with pytest.raises(UnavailableError, match="no memory") as raised:
+        reader.stream.take()
+    assert raised.value.code == "out_of_memory"
+    assert raised.value.retry_after is not None
 
 
 def test_only_the_first_end_counts() -> None:

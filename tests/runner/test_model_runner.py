@@ -107,7 +107,7 @@ def encode_tiles(bench: Bench, tiles: tuple[Tile, ...]) -> dict[int, int]:
     """Put tiles into the slab, last slot first: {tile index: slot}."""
     holder = make_new(request_id="holder", tiles=tiles)
     slots = {index: SLOTS - 1 - index for index in range(len(tiles))}
-    work = [TileToEncode("holder", index, slot) for index, slot in slots.items()]
+    work = [TileToEncode("holder", index, slot, tiles[index].key) for index, slot in slots.items()]
     result = bench.execute([], new=[holder], tiles=work)
     assert result.encode_seconds > 0
     bench.runner.forget(["holder"])
@@ -215,7 +215,7 @@ def test_a_bad_tile_fails_those_who_need_it_in_this_step(bench: Bench, caplog: p
     ]
     words = text_request("words", 5)
     scheduled.append(ScheduledRequest("words", 0, 5, bench.blocks[4 * per_request :][:5], True, {}))
-    tile_work = [TileToEncode("good", 0, 0), TileToEncode("bad", 0, 1)]
+    tile_work = [TileToEncode("good", 0, 0, tiles[0].key), TileToEncode("bad", 0, 1, bad.key)]
     result = bench.execute(scheduled, new=[*pictured.values(), words], tiles=tile_work)
     assert set(result.failed) == {"bad", "shares"}
     assert result.failed_slots == {1}

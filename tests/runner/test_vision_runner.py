@@ -12,7 +12,7 @@ from torch import Tensor
 from server.engine.step import TileToEncode
 from server.model.idefics2 import Idefics2Model
 from server.runner.input_batch import RequestState
-from server.runner.vision_runner import VisionRunner
+from server.runner.vision_runner import UnfilledSlots, VisionRunner
 from server.types import PlaceholderRange, Tile
 from tests.model.twins import load
 from tests.runner.states import make_new
@@ -59,10 +59,18 @@ def make_runner(model: Idefics2Model | Counted) -> VisionRunner:
     return runner
 
 
-@torch.inference_mode()
 def encode(runner: VisionRunner, work: list[tuple[RequestState, int, int]]) -> set[int]:
-    """Encode (request, tile index, slot)s."""
-    tiles = [TileToEncode(state.source.request_id, index, slot) for state, index, slot in work]
+    """Encode (request, tile index, slot)s, for which there is memory. Returns the slots of broken tiles."""
+    unfilled = encode_some(runner, work)
+    assert unfilled.starved == set()
+    return unfilled.broken
+
+
+@torch.inference_mode()
+def encode_some(runner: VisionRunner, work: list[tuple[RequestState, int, int]]) -> UnfilledSlots:
+    tiles = [
+        TileToEncode(state.source.request_id, index, slot, state.source.tiles[index].key) for state, index, slot in work
+    ]
     return runner.encode(tiles, {state.source.request_id: state for state, _, _ in work})
 
 
