@@ -178,7 +178,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
 
 
 def keep_startup_objects() -> None:
-    """Take all that exists now out of garbage collection, which needs a tenth of a second to go through it each time."""
+    """Take all that exists now out of garbage collection, which goes through it for a tenth of a second each time."""
     gc.collect()
     gc.freeze()
 
@@ -225,6 +225,11 @@ def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> 
     if tokenizer.image_token_id != model.image_token_id:
         raise CheckpointError(
             f"{folder}: the tokenizer's image token is {tokenizer.image_token_id}, the model's {model.image_token_id}"
+        )
+    num_pieces = len(tokenizer.pieces())
+    if num_pieces > model.text.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has ids up to {num_pieces - 1}, the model only {model.text.vocab_size} of them"
         )
     return InputProcessor(
         tokenizer=tokenizer,

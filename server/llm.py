@@ -140,7 +140,7 @@ class AsyncLLM:
 
     @property
     def is_ready(self) -> bool:
-        return self._engine is not None and not self._draining
+        return self._engine is not None and not self._draining and self._inputs.is_healthy
 
     @property
     def num_in_flight(self) -> int:

@@ -41,6 +41,7 @@ def real_core(folder: Path, **settings: object) -> EngineCore:
         "dtype": "float32",
         "max_model_len": 4096,
         "kv_cache_memory_gb": 0.1,
+        "warm_up": False,
     }
     return build_core(ServerConfig(**{**defaults, **settings}), folder)  # type: ignore[arg-type]
 

@@ -44,6 +44,7 @@ class FakeInputs:
 
     def __init__(self) -> None:
         self.num_tokens = 8
+        self.is_healthy = True
         self.failure: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.closing: Callable[[], Awaitable[None]] | None = None
@@ -70,7 +71,7 @@ class FakeInputs:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what another thread does; the time limit is the scenario's."""
-    while not condition():  # noqa: ASYNC110 - threads that know no events
+    while not condition():
         await asyncio.sleep(0.005)
 
 

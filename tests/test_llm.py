@@ -562,3 +562,14 @@ def test_a_conversation_that_cannot_be_prepared_reaches_no_engine() -> None:
         assert not server.core.scheduler.has_work
 
     run(Server(), scenario)
+
+
+def test_without_workers_for_pictures_it_is_not_ready_and_yet_takes_texts() -> None:
+    async def scenario(server: Server) -> None:
+        server.inputs.is_healthy = False
+        assert not server.llm.is_ready
+        assert await collect(server.llm, await server.llm.prepare(CHAT))
+        server.inputs.is_healthy = True
+        assert server.llm.is_ready
+
+    run(Server(), scenario)

@@ -84,7 +84,7 @@ def faulty(shared: Faulty) -> Faulty:
 async def until(http: httpx.AsyncClient, check: str, status: int) -> httpx.Response:
     """Ask a health check until it says so."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while (answer := await http.get(f"/health/{check}")).status_code != status:
+        while (answer := await http.get(f"/health/{check}")).status_code != status:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
     return answer
 
@@ -97,7 +97,7 @@ async def health(http: httpx.AsyncClient) -> tuple[int, ...]:
 async def until_here(http: httpx.AsyncClient, count: int) -> None:
     """Wait until the server has so many requests."""
     async with asyncio.timeout(WAIT_SECONDS):
-        while (await http.get("/load")).json()["server_load"] != count:
+        while (await http.get("/load")).json()["server_load"] != count:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.02)
 
 
@@ -105,7 +105,7 @@ async def until_generating(server: Server) -> None:
     """Wait until two answers have begun."""
     before = await asyncio.to_thread(server.metric, "generation_tokens_total")
     async with asyncio.timeout(WAIT_SECONDS):
-        while (
+        while (  # noqa: ASYNC110 - another process
             await asyncio.to_thread(server.metric, "num_requests_running") < 2
             or await asyncio.to_thread(server.metric, "generation_tokens_total") < before + 20
         ):

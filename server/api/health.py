@@ -59,7 +59,7 @@ def health_router(llm: AsyncLLM, *, version: str) -> APIRouter:
             raise EngineDeadError("the engine is not running")
         if not llm.is_ready:
             llm.check_ready()  # knows whether it is loading, restarting its engine or draining, and says so
-            raise UnavailableError("the server is loading its model or shutting down")
+            raise UnavailableError("no picture can be decoded at the moment", code="image_worker_unavailable")
         return Health()
 
     @router.head("/health/startup", include_in_schema=False)
@@ -67,7 +67,8 @@ def health_router(llm: AsyncLLM, *, version: str) -> APIRouter:
     async def startup() -> Health:
         """503 until the server is ready for the first time; then 200 for ever."""
         if not llm.has_started:
-            raise UnavailableError("the model is still loading", code="model_loading", retry_after=LOADING_RETRY_SECONDS)
+            message = "the model is still loading"
+            raise UnavailableError(message, code="model_loading", retry_after=LOADING_RETRY_SECONDS)
         return Health()
 
     @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

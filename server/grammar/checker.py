@@ -58,7 +58,7 @@ class GrammarChecker:
         """Raises ClientError with `spec.param` for what is malformed, not supported, too slow or too complex.
 
         `key` tells clients apart. Raises UnavailableError when no child can be started or the machine is too busy. A
-        source that has not been seen lately takes `check_worker.CHECK_SECONDS` of CPU time at most, once it is its turn.
+        source that has not been seen lately takes `check_worker.CHECK_SECONDS` of CPU time at most, from its turn on.
         """
         check_size(spec)
         digest = hashlib.sha256(f"{spec.kind}:{spec.source}".encode()).digest()

@@ -70,6 +70,11 @@ class InputProcessor:
         """Raises UnavailableError when a helper process does not come up."""
         await asyncio.gather(self._images.start(), self._grammars.start())
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether pictures can be decoded, as far as is known."""
+        return self._images.is_healthy
+
     async def close(self) -> None:
         await self._images.close()
         await self._grammars.close()

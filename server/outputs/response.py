@@ -113,7 +113,7 @@ class ResponseStream:
     def lose_engine(self, *, retry_after: float) -> None:
         """The engine that had this is gone. If it had told part of it, this ends; else another engine may have it.
 
-        What was being computed each time may be the reason. It is told a 500, as proxies hand a 503 on to other servers.
+        What was being computed each time may be the reason. It is told a 500, as proxies hand a 503 to other servers.
         """
         if self.has_output:
             self.fail(EngineDeadError("the engine stopped while computing this request", retry_after=retry_after))

@@ -76,7 +76,6 @@ class ScriptedLLM:
     prepare_script: Sequence[float | Exception | Hang] = ()
     capacity_error: ServerError | None = None
     is_ready: bool = True
-    has_started: bool = True
     is_alive: bool = True
     has_started: bool = True
     model_names: tuple[str, ...] = ("idefics2-8b", "HuggingFaceM4/idefics2-8b")

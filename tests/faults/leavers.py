@@ -133,7 +133,7 @@ async def _opened(server: Server, body: Mapping[str, Any]) -> Connection:
 async def _until_idle(http: httpx.AsyncClient) -> float:
     """Seconds until nothing runs, waits or is being prepared."""
     started = time.perf_counter()
-    while (await http.get("/load")).json()["server_load"]:  # noqa: ASYNC110 - another process
+    while (await http.get("/load")).json()["server_load"]:
         await asyncio.sleep(0.005)
     return time.perf_counter() - started
 
@@ -257,7 +257,7 @@ async def _read_slowly(sock: socket.socket) -> None:
     """Until the server has had enough."""
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError):
-        while await loop.sock_recv(sock, 10):  # noqa: ASYNC110 - to be slow is the point
+        while await loop.sock_recv(sock, 10):
             await asyncio.sleep(1)
 
 

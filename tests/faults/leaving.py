@@ -91,7 +91,7 @@ async def _open_streams(http: httpx.AsyncClient, lengths: Iterable[int]) -> tupl
     seen = [Seen() for _ in bodies]
     streams = asyncio.gather(*(ask(http, body, seen=one) for body, one in zip(bodies, seen, strict=True)))
     async with asyncio.timeout(60):
-        while any(math.isnan(one.first) for one in seen):  # noqa: ASYNC110 - nobody tells
+        while any(math.isnan(one.first) for one in seen):
             await asyncio.sleep(0.01)
     return streams, seen
 
@@ -234,7 +234,7 @@ async def _leave_while_loading(bench: Workbench) -> Row:
     server = bench.start(name="loading")
     try:
         async with asyncio.timeout(60), clients(server) as http:
-            while not await _is_listening(http):  # noqa: ASYNC110 - nobody tells
+            while not await _is_listening(http):
                 await asyncio.sleep(0.05)
         signalled = time.perf_counter()
         server.process.send_signal(signal.SIGTERM)

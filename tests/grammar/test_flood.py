@@ -115,7 +115,11 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "five thousand values": {"guided_json": {"enum": [f"value {index}" for index in range(5_000)]}},
     "four thousand choices": {"guided_choice": [f"choice {index}" for index in range(4_000)]},
     "thousands of optional properties": {
-        "guided_json": {"minProperties": 1, "additionalProperties": False, "properties": {f"{i}": {} for i in range(3_000)}}
+        "guided_json": {
+            "minProperties": 1,
+            "additionalProperties": False,
+            "properties": {f"{index}": {} for index in range(3_000)},
+        }
     },
     "a grammar that doubles": {
         "guided_grammar": "".join(f"A{i}: A{i + 1} A{i + 1}\n" for i in range(40)) + "A40: /y/\nstart: A0"

@@ -375,7 +375,7 @@ def test_one_key_cannot_take_all_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(server: WebServer, fetcher: ImageFetcher, url: str) -> None:
         greedy = [asyncio.create_task(fetcher.fetch(f"{url}/hang?{i}", param=PARAM, key="greedy")) for i in range(9)]
         async with asyncio.timeout(20):
-            while len(server.requests) < 2:  # noqa: ASYNC110 - counted by the server
+            while len(server.requests) < 2:
                 await asyncio.sleep(0.01)
         for _ in range(3):
             assert await fetcher.fetch(url + "/x", param=PARAM, key="modest") == BODY
@@ -439,7 +439,7 @@ def test_lookups_that_hang_count_as_their_keys(monkeypatch: pytest.MonkeyPatch) 
         assert len([host for host in looked_up if host.startswith("hang")]) == 2
         assert await fetcher.fetch(url + "/x", param=PARAM, key="modest") == BODY
         hanging.set()
-        while fetcher._system._shares._shares:  # noqa: ASYNC110 - threads set no events
+        while fetcher._system._shares._shares:
             await asyncio.sleep(0.01)
         assert await fetcher.fetch(url + "/x", param=PARAM, key="greedy") == BODY
 

@@ -103,7 +103,7 @@ def test_a_key_has_its_share_of_the_downloads(monkeypatch: pytest.MonkeyPatch) -
     async def test(bench: Bench) -> None:
         greedy = [asyncio.create_task(bench.load(f"{bench.url}/hang?{i}", key="greedy")) for i in range(40)]
         async with asyncio.timeout(20):
-            while bench.server.open_connections < 16:  # noqa: ASYNC110 - counted by the server
+            while bench.server.open_connections < 16:
                 await asyncio.sleep(0.01)
         assert len((await bench.load(bench.url + "/x", key="modest"))[0]) == 1
         assert bench.server.most_open_connections == 17
@@ -167,7 +167,7 @@ def test_requests_that_are_given_up_leave_nothing_behind() -> None:
         async def settle() -> tuple[int, int]:
             async with asyncio.timeout(30):
                 await bench.server.all_closed()
-                while bench.pool._tasks or bench.pool._idle.qsize() < 2:  # noqa: ASYNC110 - processes set no events
+                while bench.pool._tasks or bench.pool._idle.qsize() < 2:
                     await asyncio.sleep(0.01)
             await asyncio.sleep(0.05)
             return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
@@ -199,7 +199,7 @@ def test_a_worker_that_is_killed_or_hangs_costs_one_picture(number: signal.Signa
         error = await refusal(held)
         assert (error.status, error.code, error.param) == (400, "image_parse_error", "images[0]")
         async with asyncio.timeout(20):
-            while bench.pool._tasks:  # noqa: ASYNC110 - processes set no events
+            while bench.pool._tasks:
                 await asyncio.sleep(0.01)
         now = [worker._process.pid for worker in bench.pool._workers if worker._process is not None]
         assert other in now

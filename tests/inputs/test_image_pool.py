@@ -77,7 +77,7 @@ def proc(pid: int, name: str) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - processes set no events
+    while not condition():
         await asyncio.sleep(0.01)
 
 

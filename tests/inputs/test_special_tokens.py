@@ -46,6 +46,8 @@ TEXTS = (
 PICTURE = {"type": "image_url", "image_url": {"url": "https://pictures.example/a.png", "detail": "low"}}
 INPUT_PICTURE = {"type": "input_image", "image_url": "https://pictures.example/a.png", "detail": "low"}
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 
 def chat_bodies(text: str) -> dict[str, Json]:
     """A place where a chat request may have a text → a request with this text there."""
@@ -66,7 +68,7 @@ def chat_bodies(text: str) -> dict[str, Json]:
         return {"messages": [question], "tools": [{"type": "function", "function": function}]}
 
     return {
-        **{role: said(role=role, content=text) for role in ("system", "developer", "user", "assistant", "tool", "function")},
+        **{role: said(role=role, content=text) for role in ROLES},
         "part": said(role="user", content=[{"type": "text", "text": text}, {"type": "text", "text": "more"}]),
         "refusal": said(role="assistant", content=[{"type": "refusal", "refusal": text}]),
         "split over parts": said(role="user", content=[text[: len(text) // 2], text[len(text) // 2 :]]),
@@ -101,7 +103,9 @@ def responses_bodies(text: str) -> dict[str, Json]:
         "part": {"input": [{"role": "user", "content": [{"type": "input_text", "text": text}]}]},
         "output part": {"input": [{"role": "assistant", "content": [{"type": "output_text", "text": text}]}, question]},
         "function call": {"input": [{**call, "name": text, "arguments": text}, question]},
-        "function output": {"input": [call, {"type": "function_call_output", "call_id": "c", "output": text}, question]},
+        "function output": {
+            "input": [call, {"type": "function_call_output", "call_id": "c", "output": text}, question]
+        },
         "tool": {"input": "Question", "tools": [tool]},
         "metadata": {"input": "Question", "metadata": {"a": text[:500]}},
     }
@@ -141,7 +145,10 @@ def specials(processor: InputProcessor, tokenizer: Tokenizer, turns: Sequence[Tu
     ("bodies", "to_turns"), [(chat_bodies, chat_turns), (responses_bodies, responses_turns)], ids=["chat", "responses"]
 )
 def test_special_tokens_are_those_of_a_harmless_text(
-    variant: Variant, bodies: Callable[[str], dict[str, Json]], to_turns: Callable[[Json], Sequence[Turn]], pictures: int
+    variant: Variant,
+    bodies: Callable[[str], dict[str, Json]],
+    to_turns: Callable[[Json], Sequence[Turn]],
+    pictures: int,
 ) -> None:
     """In the same order and as many, so no id of what was written is special, and no picture is one more or less."""
     processor = make_processor(variant.ours)
