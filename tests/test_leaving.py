@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.serving import ROOT, SMALL, clean_environment, command, free_port, running_server
 
@@ -34,17 +33,14 @@ def test_a_second_signal_ends_what_is_running(tiny_checkpoint: Path, tmp_path: P
         assert answer.headers["connection"] == "close"
         assert http.get("/health/ready").status_code == 503
         assert http.get("/health/live").status_code == 200
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGINT)
         *_, last, done = [line for line in lines if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_shutting_down"
         assert done == "data: [DONE]"
-        assert server.process.wait(60) == 128 + signal.SIGTERM
+        assert server.process.wait(60) == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 128 + signal.SIGINT)])
-def test_a_signal_while_the_model_loads(
-    tiny_checkpoint: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
+def test_a_signal_while_the_model_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
     with (
         subprocess.Popen(
@@ -61,7 +57,7 @@ def test_a_signal_while_the_model_loads(
         while "listening on" not in seen:
             seen += process.stdout.readline()
             assert process.poll() is None, seen
-        process.send_signal(number)
+        process.terminate()
         rest = process.stdout.read()
-        assert process.wait(60) == status, rest
+        assert process.wait(60) == 0, rest
         assert "Traceback" not in rest

@@ -195,7 +195,6 @@ class ProcessClient:
             logger.exception("the engine cannot be listened to")
             self.kill()
         self._gone = True
-        self._outbox.put(Shutdown())  # lets the writer go
         if not self._closing:
             on_death()
 

@@ -48,7 +48,8 @@ def _step(scheduler: Scheduler, executor: StepExecutor) -> float:
     try:
         result = executor.execute(plan)
     except Exception as error:
-        raise ConfigError(f"warm-up: a step of {size} failed: {type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(f"warm-up: a step of {size} failed: {cause}") from error
     seconds = time.perf_counter() - started
     if result.deferred:
         raise ConfigError(f"warm-up: there is no memory for a step of {size}")

@@ -120,7 +120,8 @@ def test_health(url: str, llm: ScriptedLLM, *, is_alive: bool, is_ready: bool, e
         if status == 200:
             assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
         else:
-            code = "server_shutting_down" if is_alive else "engine_unavailable"
+            # Alive, loaded and not draining: what is missing are workers for pictures.
+            code = "image_worker_unavailable" if is_alive else "engine_unavailable"
             assert is_error(answer, 503, code)
             assert 1 <= int(answer.headers["retry-after"]) <= 120
     assert httpx.get(f"{url}/metrics").status_code == 200

@@ -125,7 +125,7 @@ def offline(server: Server, tiny_checkpoint: Path, tmp_path_factory: pytest.Temp
     killed = whole_lines(output)
     assert len(BAD) + 6 <= len(killed) < len(LINES)
 
-    with started(source, output, *flags) as process:
+    with started(source, output, *flags, "--max-engine-restarts", "0") as process:
         wait_for_lines(output, len(killed) + 3, process)
         for pid in children(process.pid):
             if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():

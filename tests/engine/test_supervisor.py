@@ -304,6 +304,7 @@ def test_a_thread_that_dies_is_replaced() -> None:
         assert loss.cause == "died"
         assert loss.back_at is not None
         assert listener.engine() is not first
+        assert first._core is None, "its memory is wanted for the next one"
         with pytest.raises(EngineDeadError):
             first.submit(make_request(4))
 

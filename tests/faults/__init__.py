@@ -10,6 +10,7 @@ from tests.faults.leavers import disconnect, slow_readers, storm
 from tests.faults.leaving import second_signal, sigterm
 from tests.faults.neighbours import fairness, pictures, uploads
 from tests.faults.overload import overload
+from tests.faults.replicas import one_dead_one_hung, rolling_restart, same_seed
 from tests.faults.truth import metrics
 
 SCENARIOS: dict[str, Scenario] = {
@@ -26,4 +27,7 @@ SCENARIOS: dict[str, Scenario] = {
     "first_request": first_request,
     "sigterm": sigterm,
     "second_signal": second_signal,
+    "rolling_restart": rolling_restart,
+    "one_dead_one_hung": one_dead_one_hung,
+    "same_seed": same_seed,
 }

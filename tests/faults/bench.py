@@ -99,12 +99,11 @@ Scenario = Callable[[Workbench], Awaitable[list[Row]]]
 
 
 @asynccontextmanager
-async def clients(server: Server, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """Without bounds of its own on connections, so that the server's are what is seen."""
+async def clients(server: Server | str, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Of a server or an address. Without bounds of its own on connections, so that the server's are what is seen."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(
-        base_url=server.base_url, limits=limits, timeout=120, trust_env=False, **options
-    ) as http:
+    base_url = server if isinstance(server, str) else server.base_url
+    async with httpx.AsyncClient(base_url=base_url, limits=limits, timeout=120, trust_env=False, **options) as http:
         yield http
 
 
@@ -141,8 +140,12 @@ async def ask(
 
 
 async def _read_whole(answer: httpx.Response, seen: Seen) -> None:
-    content = json.loads(await answer.aread())
+    body = await answer.aread()
     seen.first = time.perf_counter() - seen.begun
+    if answer.headers.get("content-type") != "application/json":  # of a proxy
+        seen.error = answer.reason_phrase
+        return
+    content = json.loads(body)
     if answer.status_code == 200:
         choice = content["choices"][0]
         seen.text, seen.finished = choice["message"]["content"], choice["finish_reason"] is not None

@@ -57,7 +57,7 @@ class Departure:
 
 async def sigterm(bench: Workbench) -> list[Row]:
     """Streams of many lengths are open; then with too little time for the long ones, and clients that keep it up."""
-    drained = await _leave(bench, range(60, 60 + 3 * NUM_STREAMS, 3), timeout=60.0)
+    drained = await _leave(bench, range(100, 100 + 10 * NUM_STREAMS, 10), timeout=60.0)
     cut = await _leave(bench, range(100, 100 + 60 * NUM_STREAMS, 60), timeout=1.0, obstinate=True)
     return [*_judge("60 s to finish", drained, timeout=60.0), *_judge("1 s to finish", cut, timeout=1.0)]
 
@@ -85,7 +85,9 @@ def _stream(length: int) -> dict[str, object]:
     return chat(f"Count to {length}.", max_tokens=length, stream=True, stream_options={"include_usage": True})
 
 
-async def _open_streams(http: httpx.AsyncClient, lengths: Iterable[int]) -> tuple[asyncio.Future[object], list[Seen]]:
+async def _open_streams(
+    http: httpx.AsyncClient, lengths: Iterable[int]
+) -> tuple[asyncio.Future[list[Seen]], list[Seen]]:
     """Streams of so many tokens, each of which has begun to speak; and what is to become of them."""
     bodies = [_stream(length) for length in lengths]
     seen = [Seen() for _ in bodies]
@@ -101,12 +103,15 @@ async def _knock(http: httpx.AsyncClient, since: float) -> Knocks:
     knocks = Knocks()
     with contextlib.suppress(httpx.TransportError):
         while True:
-            answer = await http.post(CHAT, json=chat("Me too."))
+            paths = ("/health/ready", "/health/live")
+            answer, ready, live = await asyncio.gather(
+                http.post(CHAT, json=chat("Me too.")), *(http.get(path) for path in paths)
+            )
             knocks.at.append(time.perf_counter() - since)
             knocks.chat.append(answer.status_code)
             knocks.closing &= answer.headers.get("connection") == "close"
-            knocks.ready.add((await http.get("/health/ready")).status_code)
-            knocks.live.add((await http.get("/health/live")).status_code)
+            knocks.ready.add(ready.status_code)
+            knocks.live.add(live.status_code)
             await asyncio.sleep(0.02)
     return knocks
 
