@@ -149,7 +149,7 @@ class Soak:
     async def _pause(self) -> None:
         """Let the load end, and look at what is still held."""
         self._may_send.clear()
-        await _until(self._is_idle, 30.0)
+        await _until(self._is_idle, 300.0)
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             value = await asyncio.to_thread(self._server.metric, name)
             if value:
