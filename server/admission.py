@@ -18,6 +18,9 @@ from server.types import KeyLimits
 MIN_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 RATE_SECONDS = 20.0  # what "recently" means for the rates that Retry-After follows from
+# Until something has been measured: answers that end and prompt tokens that are computed in a second.
+UNKNOWN_ENDS = 1.0
+UNKNOWN_COMPUTED = 200.0
 
 NO_LIMITS = KeyLimits()
 
@@ -42,8 +45,8 @@ class Admission:
         self._requests_of: Counter[str] = Counter()
         self._queued_tokens = 0
         self._budgets: dict[str, _Budget] = {}
-        self._ends = _Rate(clock)
-        self._computed = _Rate(clock)
+        self._ends = _Rate(clock, unknown=UNKNOWN_ENDS)
+        self._computed = _Rate(clock, unknown=UNKNOWN_COMPUTED)
 
     @property
     def num_in_flight(self) -> int:
@@ -158,18 +161,23 @@ class Hold:
 class _Rate:
     """Events a second over about the last `RATE_SECONDS`."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], *, unknown: float) -> None:
         self._clock = clock
+        self._unknown = unknown
+        self._is_known = False
         self._weight = 0.0
         self._time = clock()
 
     def add(self, count: float) -> None:
         self._decay()
         self._weight += count
+        self._is_known = True
 
     @property
     def per_second(self) -> float:
         """Never 0: what has not happened lately may still happen once in `RATE_SECONDS`."""
+        if not self._is_known:
+            return self._unknown
         self._decay()
         return max(self._weight, 1.0) / RATE_SECONDS
 

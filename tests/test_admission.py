@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS, Admission
+from server.admission import MAX_RETRY_SECONDS, MIN_RETRY_SECONDS, RATE_SECONDS, UNKNOWN_ENDS, Admission
 from server.errors import CapacityError, QuotaError
 from server.types import KeyLimits
 
@@ -87,7 +87,7 @@ def test_retry_after_follows_the_measured_rate() -> None:
     with admission.hold("", answers=40):
         with pytest.raises(CapacityError) as caught:
             admission.check("")
-        assert retry_after(caught.value) == MAX_RETRY_SECONDS  # nothing has ever ended
+        assert retry_after(caught.value) == 20 / UNKNOWN_ENDS  # nothing has ever ended
         for _ in range(200):  # five a second
             clock.now += 1.0
             admission.note_end(5)

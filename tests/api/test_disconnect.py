@@ -26,7 +26,7 @@ from tests.api.scripted_llm import Hang, ScriptedLLM, say, serving
 from tests.api.wire import CHAT, begin, read_until, send
 from tests.listening import wait_until
 
-SECONDS = 1.0
+SECONDS = 10.0
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ WARM_UP = 1_000
 SERVER_FLAGS = ("--max-model-len", "448", "--max-num-seqs", "32", "--num-threads", "1", "--kv-cache-memory-gb", "0.1")
 GROWTH_MEBIBYTES = 100.0  # of the server itself; an engine's libraries remember every shape that they have met
 
+STALL = "the event loop computed for more than 0.1 s and served nobody"
+
 
 class Campaign:
     """`pid` and `log` are the server's where it runs on this machine."""
@@ -72,7 +74,7 @@ class Campaign:
             cause: seen - stalls_before.get(cause, 0.0) for cause, seen in (await self._stalls()).items()
         }
         if self.result.stalls.get("loop"):
-            self.result.miss("the event loop computed for more than 0.1 s and served nobody")
+            self.result.miss(STALL)
         self._check_leftovers()
         self._check_log()
         return self.result
