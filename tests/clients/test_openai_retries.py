@@ -32,7 +32,8 @@ def narrow(checkpoint: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def answered(server: Server, status: int) -> int:
-    """How many chat requests were answered so, by the server's own log."""
+    """How many chat requests were answered so, by the server's own log, which is written a moment later."""
+    time.sleep(1)
     return sum(f"{CHAT} {status}" in line for line in server.log.read_text().splitlines())
 
 
