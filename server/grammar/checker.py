@@ -77,8 +77,13 @@ class GrammarChecker:
     def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end)
         return task
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # told to whoever still waits for it; else nobody asks
 
     async def _judge(self, child: CheckChild, key: str, digest: bytes, spec: GrammarSpec) -> str | None:
         """Why a source is refused, or None. Gives the child back, at once or after it has been replaced."""
