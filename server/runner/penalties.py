@@ -54,7 +54,8 @@ def _repetition(row: Tensor, state: RequestState, penalty: float, forbidden: Ten
 
     Image tokens stand for pictures, not for words that were said.
     """
-    seen = torch.tensor(sorted(set(state.token_ids) - set(forbidden.tolist())), device=row.device)
+    ids = sorted(set(state.token_ids) - set(forbidden.tolist()))
+    seen = torch.tensor(ids, dtype=torch.int64, device=row.device)  # none would be an empty tensor of floats
     values = row[seen]
     row[seen] = torch.where(values > 0, values / penalty, values * penalty)
 

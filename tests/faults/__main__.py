@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from server.demo.checkpoint import write_checkpoint
-from tests.faults import SCENARIOS
+from tests.faults.scenarios import SCENARIOS
 from tests.faults.bench import Row, Workbench
 
 

@@ -60,6 +60,10 @@ def test_image_tokens_in_the_prompt_are_no_repetition() -> None:
     assert logits[0].tolist() == [0.5, *[1.0] * 9, -INF, 0.5]
 
 
+def test_where_every_token_is_hidden_there_is_nothing_to_repeat() -> None:
+    assert adjusted(ROW, make_state([10, 11, 10], repetition_penalty=2.0))[:10] == ROW[:10]
+
+
 def test_presence_counts_once_and_frequency_each_time_and_the_prompt_never() -> None:
     out = adjusted(ROW, make_state([0, 8], [3, 5, 3, 3], presence_penalty=0.5))
     assert [out[token] for token in (0, 3, 5, 8)] == [3, 1.0, 1.5, 6]
