@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 
 from server.demo.checkpoint import write_checkpoint
-from tests.faults.scenarios import SCENARIOS
 from tests.faults.bench import Row, Workbench
+from tests.faults.scenarios import SCENARIOS
 
 
 def main() -> int:
