@@ -18,6 +18,7 @@ import uvloop
 
 from server.admission import Admission
 from server.api.app import build_app
+from server.api.warm_up import warm_up as warm_up_api
 from server.config import ServerConfig
 from server.connections.listener import open_sockets
 from server.connections.server import CUT_SECONDS, DrainingServer
@@ -317,7 +318,12 @@ def run_server(config: ServerConfig, llm: AsyncLLM, keys: KeyRing = NO_KEYS) -> 
     server = DrainingServer(app, config, metrics=llm.metrics, tls=tls)
     keep_startup_objects()
     sockets = open_sockets(config.host, config.port)
-    return uvloop.run(_serve(llm, server, sockets, config.shutdown_timeout))
+
+    async def run() -> int:
+        await warm_up_api(app)
+        return await _serve(llm, server, sockets, config.shutdown_timeout)
+
+    return uvloop.run(run())
 
 
 async def _serve(llm: AsyncLLM, server: DrainingServer, sockets: list[socket.socket], shutdown_timeout: float) -> int:

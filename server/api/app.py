@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from importlib import metadata
@@ -47,6 +48,7 @@ def build_app(
         redirect_slashes=False,
         responses={"default": {"model": ErrorAnswer, "description": "Any error."}},
     )
+    app.state.parsing = asyncio.Lock()
     install_error_handlers(app)
     app.include_router(chat_router(llm, config))
     app.include_router(completions_router(llm, config))

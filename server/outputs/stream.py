@@ -8,7 +8,7 @@ from collections.abc import Callable
 from server.errors import RequestFailedError, ServerError, UnavailableError
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import Detokenizer, TokenTable
-from server.outputs.logprobs import LogprobWriter
+from server.outputs.logprobs import LogprobWriter, PendingLogprobs
 from server.outputs.stop import StopMatch, StopMatcher
 from server.types import EngineOutput, EngineRequest, FinishReason, Logprob, RequestOutput, TokenLogprobs, Usage
 
@@ -43,7 +43,7 @@ class RequestStream:
         at_start = not request.continues_text
         self._detokenizer = Detokenizer(table, skip_special_tokens=sampling.skip_special_tokens, at_start=at_start)
         self._logprob_writer = LogprobWriter(table, skip_special_tokens=sampling.skip_special_tokens, at_start=at_start)
-        self._logprobs: list[Logprob] = []
+        self._logprobs = PendingLogprobs()
         self._prompt_logprobs: list[TokenLogprobs] = [] if leader is None else leader._prompt_logprobs
         self._has_begun = False
         self.is_started = False  # work on it has begun in the engine, and nothing has come of it yet
@@ -92,7 +92,7 @@ class RequestStream:
         self._token_ids += output.new_token_ids
         self.num_generated += len(output.new_token_ids)
         if output.logprobs:
-            self._logprobs += self._logprob_writer.write(output.logprobs)
+            self._logprobs.add(output.logprobs)
         sampling = self.request.sampling
         shown = output.new_token_ids
         if output.stop_token_id is not None and not sampling.include_stop_str_in_output:
@@ -169,7 +169,6 @@ class RequestStream:
         if not text and ended is None:
             return None
         token_ids, self._token_ids = self._token_ids, []
-        logprobs, self._logprobs = self._logprobs, []
         prompt_token_ids = prompt_logprobs = None
         if not self._has_begun:
             self._has_begun = True
@@ -181,7 +180,7 @@ class RequestStream:
             usage=self.usage,
             finish_reason=ended,
             stop_reason=self._stop_reason if ended is not None else None,
-            logprobs=logprobs,
+            logprobs=self._logprob_writer.write(self._logprobs.take()),
             prompt_token_ids=prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.outputs.detokenizer import Detokenizer, TokenTable
-from server.outputs.logprobs import LogprobWriter
+from server.outputs.logprobs import PACK_TOKENS, LogprobWriter, PendingLogprobs
 from server.types import TokenLogprobs
 
 PIECES = ["</s>", "▁", "▁the", "cat", "<0xF0>", "<0x9F>", "<0xA6>", "<0x8A>", "▁é", None]
@@ -54,3 +54,17 @@ def test_alternatives_stand_where_the_token_stands() -> None:
     first, second = writer.write([TokenLogprobs(THE, -1.0, ((SPACE, -0.5), (THE, -1.0))), TokenLogprobs(THE, -2.0)])
     assert [(entry.token, entry.data, entry.logprob) for entry in first.top] == [("", b"", -0.5), ("the", b"the", -1.0)]
     assert (first.token, second.token, second.logprob) == ("the", " the", -2.0)
+
+
+def test_what_nobody_has_taken_comes_back_whole_and_in_order_and_is_kept_small() -> None:
+    pending = PendingLogprobs()
+    entries = [
+        TokenLogprobs(index, -0.5 * index, tuple((index + place, -1.25 * place) for place in range(20)))
+        for index in range(100)
+    ]
+    for entry in entries:
+        pending.add([entry])
+    assert len(pending._latest) < PACK_TOKENS
+    assert sum(map(len, pending._packed)) < 100 * 320
+    assert pending.take() == entries
+    assert pending.take() == []
