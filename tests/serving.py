@@ -33,7 +33,7 @@ class Server:
 
     def metric(self, name: str, labels: str = "") -> float:
         """Sum of a metric's samples whose labels contain `labels`."""
-        text = httpx.get(f"{self.base_url}/metrics", headers=self.headers).text
+        text = httpx.get(f"{self.base_url}/metrics", headers=self.headers, timeout=60.0).text
         samples = re.findall(rf"^idefics2:{name}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
         assert samples, f"no metric {name}"
         return sum(float(value) for found, value in samples if labels in found)

@@ -12,7 +12,7 @@ from server.errors import ClientError, MediaTypeError
 
 # Commas and opening brackets in a body, also those within texts. Ten million values take seconds to parse, and nobody
 # else is served meanwhile; a long conversation or all that may be detokenized at once has fewer than these.
-MAX_SEPARATORS = 200_000
+MAX_SEPARATORS = 150_000
 # A body with a picture takes milliseconds to join, parse and validate, and uploads that began together end together.
 LARGE_BYTES = 256 << 10
 # What the event loop reads of a connection at a time is at most 256 kB, which takes most of a millisecond.
