@@ -3,18 +3,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CLIENTS_VENV := .venv-clients
+PAGE_VENV := .venv-page
 MODEL  ?=
 PORT   ?= 8000
 CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
 HOURS  ?= 0.5
 
-.PHONY: help serve test test-clients faults soak check format bench clean
+.PHONY: help serve test test-clients test-page faults soak check format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
 	@echo "make test-clients [VLLM=path] [CLIENTS='openai langchain ...']"
+	@echo "make test-page [ARGS='-k keyboard'] (needs Debian's chromium)"
 	@echo "make faults [ARGS='overload ...'] | make soak [HOURS=24]"
 	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
 
@@ -39,6 +41,14 @@ $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
 test-clients: $(VENV)/.installed $(CLIENTS_VENV)/.installed
 	SERVER_PYTHON=$(abspath $(BIN)/python) $(CLIENTS_VENV)/bin/python -m pytest -m clients tests/clients $(ARGS)
 
+$(PAGE_VENV)/.installed: tests/web/requirements.txt
+	$(PYTHON) -m venv $(PAGE_VENV)
+	$(PAGE_VENV)/bin/python -m pip install --quiet --no-deps --requirement tests/web/requirements.txt
+	@touch $@
+
+test-page: $(VENV)/.installed $(PAGE_VENV)/.installed
+	SERVER_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(PAGE_VENV)/bin/python -m pytest -m web tests/web $(ARGS)
+
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
@@ -59,4 +69,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format server tests
 
 clean:
-	rm -rf $(VENV) $(CLIENTS_VENV) build *.egg-info
+	rm -rf $(VENV) $(CLIENTS_VENV) $(PAGE_VENV) build *.egg-info

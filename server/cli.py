@@ -1,4 +1,4 @@
-"""`idefics2-server`: serve, run-batch, bench, make-demo. The flags of `serve` are the fields of ServerConfig."""
+"""`idefics2-server`: serve, run-batch, bench, chat, make-demo. The flags of `serve` are the fields of ServerConfig."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from server.errors import CheckpointError, ConfigError
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status; a bad configuration is one line on stderr and status 2."""
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(argv)
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Collection[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="idefics2-server", description="Serve Idefics2 over OpenAI's HTTP API.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -39,17 +40,28 @@ def _parser() -> argparse.ArgumentParser:
     add_config_flags(serve)
     serve.set_defaults(run=_serve)
 
-    # Roots of their own with their own dependencies; imported here, so that the engine's process does not load them.
-    from server.batch import cli as batch_cli
-    from server.bench import cli as bench_cli
-
+    # Roots of their own with their own dependencies, imported when they are asked for: the engine's process loads none
+    # of them, and a chat starts without what a load generator needs.
     batch = commands.add_parser("run-batch", help="answer a file of requests, without a server", allow_abbrev=False)
-    batch_cli.add_arguments(batch)
-    batch.set_defaults(run=batch_cli.run)
+    if "run-batch" in argv:
+        from server.batch import cli as batch_cli
+
+        batch_cli.add_arguments(batch)
+        batch.set_defaults(run=batch_cli.run)
 
     bench = commands.add_parser("bench", help="measure any OpenAI-compatible server under load", allow_abbrev=False)
-    bench_cli.add_arguments(bench)
-    bench.set_defaults(run=bench_cli.run)
+    if "bench" in argv:
+        from server.bench import cli as bench_cli
+
+        bench_cli.add_arguments(bench)
+        bench.set_defaults(run=bench_cli.run)
+
+    chat = commands.add_parser("chat", help="talk to any OpenAI-compatible server in a terminal", allow_abbrev=False)
+    if "chat" in argv:
+        from server.chat import cli as chat_cli
+
+        chat_cli.add_arguments(chat)
+        chat.set_defaults(run=chat_cli.run)
 
     demo = commands.add_parser("make-demo", help="write a checkpoint with random weights", allow_abbrev=False)
     demo.add_argument("out", type=Path, nargs="?", help="folder to write; default: the bundled demo's in the cache")

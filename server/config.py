@@ -93,6 +93,7 @@ class ServerConfig(BaseModel):
     inject_tools: bool = Field(
         False, description="Describe a request's tools to the model, as text before the conversation."
     )
+    playground: bool = Field(True, description="Serve a page at / on which to try the model.")
     metrics_compat: Literal["vllm", "none"] = Field(
         "vllm", description="Also report under the metric names that vLLM's dashboards and autoscalers read."
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import server.launch
 from server import cli
 from server.config import ENV_PREFIX, ServerConfig
 from server.errors import CheckpointError, ConfigError
+from tests.serving import ROOT
 from tests.test_config import COMPANIONS, FIELDS, example
 
 Serve = Callable[..., ServerConfig]
@@ -195,3 +200,52 @@ def test_a_demo_of_unknown_size_is_refused(tmp_path: Path) -> None:
         status = int(str(end.code))
     assert status == 2
     assert not (tmp_path / "out").exists()
+
+
+# -- roots of their own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run-batch", "bench", "chat"])
+def test_each_root_has_its_own_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: idefics2-server {name}" in shown
+    assert "--base-url" in shown
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for name in ("serve", "run-batch", "bench", "chat", "make-demo"):
+        assert re.search(rf"\n    {name}\s", shown), name
+
+
+def test_chat_is_given_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    from server.chat import cli as chat_cli
+
+    given: list[argparse.Namespace] = []
+
+    def run(args: argparse.Namespace) -> int:
+        given.append(args)
+        return 5
+
+    monkeypatch.setattr(chat_cli, "run", run)
+    assert cli.main(["chat", "--once", "bench", "--image", "a", "b", "--temperature", "0.5"]) == 5
+    (args,) = given
+    assert (args.once, args.image, args.temperature) == ("bench", ["a", "b"], 0.5)
+
+
+def test_a_chat_that_cannot_begin_says_why_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "--base-url", "nowhere", "--once", "a"]) == 2
+    assert capsys.readouterr().err == "idefics2-server: --base-url: must be an http(s) URL\n"
+
+
+def test_a_chat_starts_without_the_model_and_the_load_generator() -> None:
+    code = "import sys; from server import cli; cli._parser(['chat']).parse_args(['chat']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "tokenizers", "numpy", "PIL", "fastapi", "uvicorn"} & set(
+        loaded.stdout.split()
+    )

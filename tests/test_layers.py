@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "server"
 # From the top down. A module may import its own package and anything in a lower layer; the roots may import each
 # other, and so may the ground.
 LAYERS = [
-    {"cli", "__main__", "launch", "connections", "batch", "bench", "demo"},
+    {"cli", "__main__", "launch", "connections", "batch", "bench", "chat", "demo"},
     {"api"},
     {"llm"},
     {"inputs", "outputs", "engine", "admission"},
@@ -37,8 +37,8 @@ OWNERS = {
     "httptools": {"connections", "bench"},
     "torch": {"launch", "runner", "model", "demo"},
     "asyncio": {"launch", "connections", "api", "llm", "inputs", "grammar", "observability", "batch", "bench"},
-    "httpx": {"inputs", "batch", "bench", "model"},
-    "PIL": {"inputs", "bench"},
+    "httpx": {"inputs", "batch", "bench", "chat", "model"},
+    "PIL": {"inputs", "bench", "demo"},
     "jinja2": {"inputs"},
     "llguidance": {"grammar"},
     "transformers": {"inputs", "model", "demo", "bench"},
@@ -88,9 +88,8 @@ def test_imports_point_down(file: Path) -> None:
 
 def test_only_one_file_fetches() -> None:
     """One guarded fetcher in the whole server: no other file under inputs/ or api/ opens a connection."""
-    fetching = {
-        str(f.relative_to(ROOT)) for f in files() if "httpx" in imports(f) and room(f) not in ("batch", "bench")
-    }
+    clients = ("batch", "bench", "chat")
+    fetching = {str(f.relative_to(ROOT)) for f in files() if "httpx" in imports(f) and room(f) not in clients}
     fetching -= {"model/loader.py"}  # catches the errors of the hub's library
     assert fetching == {"inputs/image_fetch.py"}
     for file in files():

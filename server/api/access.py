@@ -7,6 +7,8 @@ path is. Pure ASGI, because anything between a stream and its socket costs once 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.origin import KEY_NAME
@@ -28,11 +30,15 @@ _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
 class AccessMiddleware:
-    """Lets requests in that are open or show a key, and leaves the name of the key in their scope."""
+    """Lets requests in that are open or show a key, and leaves the name of the key in their scope.
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing) -> None:
+    `pages` are paths that may be read without a key besides those that machines ask.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: KeyRing, pages: Collection[bytes] = ()) -> None:
         self._app = app
         self._keys = keys
+        self._open = {**dict.fromkeys(pages, _READ), **OPEN}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server's own
@@ -43,7 +49,7 @@ class AccessMiddleware:
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in OPEN.get(scope.get("raw_path", b""), ()):
+        if scope["method"] not in self._open.get(scope.get("raw_path", b""), ()):
             given = [value for name, value in scope["headers"] if name == b"authorization"]
             name = self._find(given[0]) if len(given) == 1 else None
             if name is None:

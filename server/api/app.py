@@ -19,6 +19,7 @@ from server.api.health import health_router
 from server.api.hosts import HostMiddleware, HostNames
 from server.api.middleware import BodyLimitMiddleware, RequestMiddleware
 from server.api.models import models_router
+from server.api.playground import playground_paths, playground_router
 from server.api.responses.routes import responses_router
 from server.api.tokenize import tokenize_router
 from server.keys import NO_KEYS, KeyRing
@@ -56,10 +57,12 @@ def build_app(
     app.include_router(tokenize_router(llm, config))
     app.include_router(models_router(llm))
     app.include_router(health_router(llm, version=version))
+    if config.playground:
+        app.include_router(playground_router())
     # Added last is outermost: also what is refused is named, logged and counted.
     app.add_middleware(BodyLimitMiddleware, max_bytes=int(config.max_body_mb * (1 << 20)), seconds=config.body_timeout)
     if keys:
-        app.add_middleware(AccessMiddleware, keys=keys)
+        app.add_middleware(AccessMiddleware, keys=keys, pages=playground_paths() if config.playground else ())
     app.add_middleware(HostMiddleware, names=HostNames(config.allowed_hosts))
     app.add_middleware(RequestMiddleware, metrics=llm.metrics)
     # The library would cut every open stream at SIGTERM; ours may finish, and how long is not its business.

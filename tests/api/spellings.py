@@ -15,9 +15,10 @@ GUARDED = (
     *("/health%23", "/health%3f", "/health;x", "/health;/v1/models", "/health&x", "/health,", "/health:80"),
     "/health\\",
     *("/healthz", "/health/ready/x", "/ping/", "/pingx", "/metrics", "/metrics?/health", "/v1/models?/health"),
-    *("/v1/models?x=/health", "/v1/models#/health", "/v1/models;/health", "/%76%31/models", "*", "/", "/?/health"),
+    *("/v1/models?x=/health", "/v1/models#/health", "/v1/models;/health", "/%76%31/models", "*", "/x", "/x?/health"),
+    *("/playground", "/playground/", "/playground/x", "/playground/../v1/models", "/playground/%2e%2e/metrics", "/%2f"),
     *("http://x/v1/models", "http://x//v1/models", "http://x/health/../v1/models", "http://x/%68ealth"),
-    *("http://health/v1/models", "http://x/?/health", "http://user@x/v1/models", "https://x/metrics"),
+    *("http://health/v1/models", "http://x/x?/health", "http://user@x/v1/models", "https://x/metrics"),
 )
 
 # No request at all, or one that no path answers.

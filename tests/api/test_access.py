@@ -31,7 +31,7 @@ ALICE, BOB = "sk-alice-canary-1234", "sk-bob-canary-12345"
 WRONG = "sk-wrong-canary-1234"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 HEALTH = ("/health", "/health/live", "/health/ready", "/health/startup", "/ping")
-OPEN = {("POST", "/ping"), *((method, path) for method in ("GET", "HEAD") for path in HEALTH)}
+OPEN = {("POST", "/ping"), *((method, path) for method in ("GET", "HEAD") for path in (*HEALTH, "/"))}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def is_refused(answer: httpx.Response) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_right_key_no_path_answers_but_health(http: httpx.Client, llm: ScriptedLLM, method: str) -> None:
+def test_without_a_right_key_no_path_answers_but_health_and_the_page(
+    http: httpx.Client, llm: ScriptedLLM, method: str
+) -> None:
     for path in [*paths(), "/", "/v1", "/nothing", "/docs/oauth2-redirect", "/health/x", "/metrics/", "/admin"]:
         for headers in ({}, bearer(WRONG), {"authorization": "Bearer"}):
             answer = http.request(method, path, headers=headers)

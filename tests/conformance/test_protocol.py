@@ -302,7 +302,8 @@ def test_case_10_models_by_id(api: Api, client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/nothing", 404, "not_found"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1", 404, "not_found"),
         ("POST", "/v1/embeddings", 404, "not_found"),
         ("POST", "/v1/audio/speech", 404, "not_found"),
