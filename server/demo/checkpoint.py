@@ -64,6 +64,7 @@ class VisionSize:
     layers: int
     heads: int
     mlp: int
+    image: int = 980
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class ResamplerSize:
     heads: int
     kv_heads: int
     head_dim: int
+    depth: int = 3
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,20 @@ class ModelSize:
     vision: VisionSize
     resampler: ResamplerSize
     tied: bool = False
+    shortest_edge: int = 378
+    longest_edge: int = 980
 
 
 SIZES: Mapping[str, ModelSize] = {
+    # Half of its parameters are the embedding of 32,003 tokens.
+    "demo": ModelSize(
+        TextSize(192, 4, 6, 2, 32, 512),
+        VisionSize(192, 5, 6, 768, image=224),
+        ResamplerSize(6, 2, 32, depth=3),
+        tied=True,
+        shortest_edge=84,
+        longest_edge=224,
+    ),
     "tiny": ModelSize(TextSize(128, 4, 8, 2, 16, 256), VisionSize(64, 3, 4, 128), ResamplerSize(4, 2, 16)),
     "tiny-tied": ModelSize(TextSize(96, 3, 6, 3, 16, 160), VisionSize(48, 2, 3, 80), ResamplerSize(6, 3, 8), tied=True),
     "bench": ModelSize(TextSize(1024, 12, 16, 4, 64, 3584), VisionSize(384, 12, 6, 1536), ResamplerSize(8, 2, 64)),
@@ -134,7 +147,7 @@ def with_processor(folder: Path) -> Path:
     completed = default_demo_folder().parent / f"config-{digest}"
     try:
         completed.mkdir(parents=True, exist_ok=True)
-        _write_processor(completed)
+        _write_processor(completed, SIZES["8b"])
         for file in configs:
             shutil.copyfile(file, completed / file.name)
     except OSError as error:
@@ -162,7 +175,7 @@ def write_checkpoint(
     out.mkdir(parents=True, exist_ok=True)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     _write_configs(out, SIZES[size], torch_dtype)
-    _write_processor(out)
+    _write_processor(out, SIZES[size])
     if not weights:
         return
     shapes = checkpoint_shapes(load_model_config(out))
@@ -209,7 +222,7 @@ def _write_configs(out: Path, size: ModelSize, dtype: torch.dtype) -> None:
             "num_hidden_layers": vision.layers,
             "num_attention_heads": vision.heads,
             "intermediate_size": vision.mlp,
-            "image_size": 980,
+            "image_size": vision.image,
             "patch_size": 14,
         },
         perceiver_config={
@@ -217,6 +230,7 @@ def _write_configs(out: Path, size: ModelSize, dtype: torch.dtype) -> None:
             "resampler_n_heads": resampler.heads,
             "num_key_value_heads": resampler.kv_heads,
             "resampler_head_dim": resampler.head_dim,
+            "resampler_depth": resampler.depth,
         },
     ).save_pretrained(out)
     generation = {
@@ -228,7 +242,7 @@ def _write_configs(out: Path, size: ModelSize, dtype: torch.dtype) -> None:
     _write_json(out / "generation_config.json", generation)
 
 
-def _write_processor(out: Path) -> None:
+def _write_processor(out: Path, size: ModelSize) -> None:
     """Tokenizer, image processor and chat template, through transformers' own classes."""
     import mistral_common
     from transformers import Idefics2ImageProcessorPil, Idefics2Processor, LlamaTokenizer
@@ -236,7 +250,7 @@ def _write_processor(out: Path) -> None:
     shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", out / "tokenizer.model")
     tokenizer = LlamaTokenizer.from_pretrained(out, legacy=True, add_bos_token=True)
     image_processor = Idefics2ImageProcessorPil(
-        size={"shortest_edge": 378, "longest_edge": 980},
+        size={"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         do_image_splitting=True,

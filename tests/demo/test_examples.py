@@ -1,0 +1,103 @@
+"""What training reads is what the server makes of the same conversation."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.config import ServerConfig
+from server.demo.canvas import Canvas, Glyph
+from server.demo.examples import CHARACTERS, IGNORED, NO_GLYPH, ExampleMaker
+from server.demo.scenes import PAINTERS, Scene, Studio, paint
+from server.demo.typefaces import training_typefaces
+from server.inputs.image_processor import cut_and_resize
+from server.inputs.processor import InputProcessor
+from server.launch import build_llm
+from server.types import ImageInput, ImageSettings, TextPart, Turn
+
+IMAGES = ImageSettings(shortest_edge=84, longest_edge=224, do_image_splitting=True)
+PATCH = 14
+
+
+@pytest.fixture(scope="module")
+def maker(tiny_checkpoint: Path) -> ExampleMaker:
+    return ExampleMaker(tiny_checkpoint, images=IMAGES, rows_per_tile=64, patch_size=PATCH)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_checkpoint: Path) -> InputProcessor:
+    return build_llm(ServerConfig(model=str(tiny_checkpoint)))._inputs
+
+
+def scenes(count: int, size: tuple[int, int] = (200, 150)) -> list[Scene]:
+    chance = random.Random(5)
+    kinds = list(PAINTERS)
+    return [
+        paint(kinds[index % len(kinds)], Studio(chance, training_typefaces(), width=size[0], height=size[1]))
+        for index in range(count)
+    ]
+
+
+def turns_of(scene: Scene, *, detail: str, answers: int) -> list[Turn]:
+    turns = []
+    for index, question in enumerate(scene.questions[: answers + 1]):
+        parts: list[TextPart | ImageInput] = [TextPart(question.text)]
+        if index == scene.shown_at:
+            pictures = [ImageInput(url="data:", detail=detail, param="") for _ in scene.canvases]
+            parts = [*parts, *pictures] if scene.text_first else [*pictures, *parts]
+        turns.append(Turn(role="user", parts=tuple(parts)))
+        if index < answers:
+            turns.append(Turn(role="assistant", parts=(TextPart(question.answer),)))
+    return turns
+
+
+@pytest.mark.parametrize(("split", "detail"), [(False, "low"), (True, "high")])
+def test_ids_are_those_that_the_server_would_make(
+    maker: ExampleMaker, inputs: InputProcessor, split: bool, detail: str
+) -> None:
+    for scene in scenes(40):
+        if split and len(scene.canvases) > 1:
+            continue
+        example = maker.make(scene, split=split)
+        answered = [index for index, label in enumerate(example.labels) if label != IGNORED]
+        starts = [index for index in answered if index - 1 not in answered]
+        for count, start in enumerate(starts):
+            prompt = inputs.encode(turns_of(scene, detail=detail, answers=count))
+            assert example.token_ids[:start] == prompt.token_ids
+        assert len(starts) == len(scene.questions)
+
+
+def test_answers_alone_are_labels(maker: ExampleMaker, inputs: InputProcessor) -> None:
+    for scene in scenes(20):
+        example = maker.make(scene, split=False)
+        ends = [index for index, label in enumerate(example.labels) if label == 32002]
+        said = [label for label in example.labels if label not in (IGNORED, 32002)]
+        assert inputs.tokenizer.decode(said).split() == " ".join(q.answer for q in scene.questions).split()
+        assert len(ends) == len(scene.questions)
+
+
+def test_a_letter_is_labelled_in_the_patch_that_its_middle_is_in(maker: ExampleMaker) -> None:
+    canvas = Canvas(scenes(1)[0].canvases[0].image.resize((448, 448)))
+    canvas.glyphs = [Glyph("7", 20.0, 100.0), Glyph("a", 27.0, 100.0), Glyph("Z", 400.0, 300.0)]
+    tiles = cut_and_resize(canvas.image, split=True, settings=IMAGES)
+    labels = maker._glyphs_of(canvas, tiles)
+    assert [tile.shape for tile in labels] == [(256, 2)] * 5
+    first = labels[0].reshape(16, 16, 2)
+    assert first[7, 1].tolist() == [CHARACTERS.index("7"), CHARACTERS.index("a")]
+    assert (labels[1] == NO_GLYPH).all()
+    assert (labels[2] == NO_GLYPH).all()
+    assert labels[3].reshape(16, 16, 2)[5, 12].tolist() == [CHARACTERS.index("Z"), NO_GLYPH]
+    whole = labels[4].reshape(16, 16, 2)
+    assert whole[3, 0].tolist() == [CHARACTERS.index("7"), CHARACTERS.index("a")]
+    assert whole[10, 14].tolist() == [CHARACTERS.index("Z"), NO_GLYPH]
+
+
+def test_more_letters_than_two_in_a_patch_have_no_label(maker: ExampleMaker) -> None:
+    canvas = Canvas(scenes(1)[0].canvases[0].image.resize((224, 224)))
+    canvas.glyphs = [Glyph("a", x, 3.0) for x in (1.0, 5.0, 9.0)]
+    (labels,) = maker._glyphs_of(canvas, cut_and_resize(canvas.image, split=False, settings=IMAGES))
+    assert labels[0].tolist() == [IGNORED, IGNORED]
+    assert np.count_nonzero(labels == IGNORED) == 2
