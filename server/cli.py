@@ -65,11 +65,16 @@ def _parser(argv: Collection[str]) -> argparse.ArgumentParser:
 
     demo = commands.add_parser("make-demo", help="write a checkpoint with random weights", allow_abbrev=False)
     demo.add_argument("out", type=Path, nargs="?", help="folder to write; default: the bundled demo's in the cache")
-    demo.add_argument("--size", default="tiny", help="tiny, tiny-tied, bench (301 M parameters), 1b or 8b")
+    demo.add_argument("--size", default="tiny", help="demo, tiny, tiny-tied, bench (301 M parameters), 1b or 8b")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     demo.add_argument("--text-only", type=Path, help="also write the language model alone, for other engines")
     demo.add_argument("--no-weights", action="store_true", help="all but the weights: for serve --load-format dummy")
+    demo.add_argument(
+        "--train", action="store_true", help="train the demo size from nothing; hours, needs the extra train"
+    )
+    demo.add_argument("--steps", type=int, default=60_000, help="of --train; default: %(default)s")
+    demo.add_argument("--keep", type=Path, help="folder of what a later --train goes on from; default: OUT-training")
     demo.set_defaults(run=_make_demo)
     return parser
 
@@ -133,6 +138,8 @@ def _make_demo(args: argparse.Namespace) -> int:
         return 0
     if args.size not in SIZES:
         raise ConfigError(f"--size must be one of {', '.join(SIZES)}, not {args.size!r}")
+    if args.train:
+        return _train_demo(args)
     if args.no_weights and args.text_only is not None:
         raise ConfigError("--text-only writes weights and cannot be combined with --no-weights")
     write_checkpoint(
@@ -143,6 +150,20 @@ def _make_demo(args: argparse.Namespace) -> int:
         text_only=args.text_only,
         weights=not args.no_weights,
     )
+    print(args.out)
+    return 0
+
+
+def _train_demo(args: argparse.Namespace) -> int:
+    from server.demo.checkpoint import write_checkpoint
+    from server.demo.training import Plan, train
+    from server.observability.logs import configure_logging
+
+    configure_logging()
+    if not (args.out / "config.json").exists():
+        write_checkpoint(args.out, "demo", seed=args.seed, dtype="bfloat16")
+    keep = args.keep or args.out.with_name(f"{args.out.name}-training")
+    train(args.out, Plan(steps=args.steps, decay_steps=args.steps // 10, seed=args.seed), keep=keep)
     print(args.out)
     return 0
 

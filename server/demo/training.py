@@ -58,9 +58,9 @@ class Plan:
     steps: int
     decay_steps: int
     seed: int = 0
-    pictures: int = 128
+    pictures: int = 64
     warm_up_steps: int = 200
-    matrix_rate: float = 0.01
+    matrix_rate: float = 0.003
     other_rate: float = 1e-3
     weight_decay: float = 0.01
     max_norm: float = 1.0
