@@ -5,6 +5,7 @@ Knows the vocabulary as bytes; knows nothing of wires.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import msgspec
@@ -23,7 +24,7 @@ class PendingLogprobs:
     is 300 bytes then, and 4 KiB as objects."""
 
     def __init__(self) -> None:
-        self._packed: list[bytes] = []
+        self._packed: deque[bytes] = deque()
         self._latest: list[TokenLogprobs] = []
 
     def add(self, entries: Iterable[TokenLogprobs]) -> None:
@@ -32,13 +33,18 @@ class PendingLogprobs:
             self._packed.append(_pack(self._latest))
             self._latest.clear()
 
-    def take(self) -> list[TokenLogprobs]:
-        """All of them in order, and none is left."""
-        entries = [entry for packed in self._packed for entry in _unpack(packed)]
-        entries += self._latest
-        self._packed.clear()
-        self._latest.clear()
-        return entries
+    def take(self, count: int) -> list[TokenLogprobs]:
+        """The first `count`, or all if there are fewer."""
+        entries: list[TokenLogprobs] = []
+        while self._packed and len(entries) < count:
+            entries += _unpack(self._packed.popleft())
+        if len(entries) > count:
+            self._packed.appendleft(_pack(entries[count:]))
+        else:
+            missing = count - len(entries)
+            entries += self._latest[:missing]
+            del self._latest[:missing]
+        return entries[:count]
 
 
 class LogprobWriter:

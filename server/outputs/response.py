@@ -78,8 +78,8 @@ class ResponseStream:
             output = stream.take()
             if output is None:
                 continue  # half a character, or what may become a stop string
-            if stream.has_error:
-                self._ready[stream] = None  # it waits behind the text
+            if stream.has_more:
+                self._ready[stream] = None
             if self._is_single:
                 return output
             self._count(stream, output)

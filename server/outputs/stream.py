@@ -12,6 +12,9 @@ from server.outputs.logprobs import LogprobWriter, PendingLogprobs
 from server.outputs.stop import StopMatch, StopMatcher
 from server.types import EngineOutput, EngineRequest, FinishReason, Logprob, RequestOutput, TokenLogprobs, Usage
 
+# What one output may hold where each token has its alternatives, which are 2 KiB of JSON: else all that a slow reader
+# has not taken would be written at once.
+MAX_LOGPROB_TOKENS = 32
 RETRY_SECONDS = 5.0  # after a lack of memory, which lasts about as long as what takes it
 
 
@@ -50,6 +53,7 @@ class RequestStream:
         self.has_output = False
         self._stop = StopMatcher(sampling.stop, include_in_output=sampling.include_stop_str_in_output)
         self._text: list[str] = []
+        self._lengths: list[int] = []  # of each text: the tokens that it came with
         self._token_ids: list[int] = []
         self.num_generated = 0
         self.num_cached = 0
@@ -80,6 +84,7 @@ class RequestStream:
             self._take_tokens(output, now)
         if self.finish_reason is None and output.finish_reason is not None:
             self._text.append(self._rest())
+            self._lengths.append(0)
             self._finish(output.finish_reason, now)
             # Under `ignore_eos` the end is a token like others, and ends an answer only where a client named it.
             is_eos = output.stop_token_id in self.request.eos_token_ids and not self.request.sampling.ignore_eos
@@ -97,6 +102,7 @@ class RequestStream:
         shown = output.new_token_ids
         if output.stop_token_id is not None and not sampling.include_stop_str_in_output:
             shown = shown[:-1]
+        self._lengths.append(len(output.new_token_ids))
         text = self._detokenizer.push(shown)
         if self.num_generated <= sampling.min_tokens:
             self._text.append(text)
@@ -160,15 +166,21 @@ class RequestStream:
         )
 
     def take(self) -> RequestOutput | None:
-        """Everything since the last call, or None. Raises the error that ended the answer."""
-        text = "".join(self._text)
-        self._text.clear()
+        """Everything since the last call, or None; with many log-probabilities the first part of it.
+
+        Raises the error that ended the answer.
+        """
+        num_parts = self._num_parts()
+        text = "".join(self._text[:num_parts])
+        is_all = num_parts == len(self._text)
         if not text and self._error is not None:
             raise self._error
-        ended = self.finish_reason if self._error is None else None
+        ended = self.finish_reason if self._error is None and is_all else None
         if not text and ended is None:
             return None
-        token_ids, self._token_ids = self._token_ids, []
+        num_tokens = sum(self._lengths[:num_parts])
+        token_ids, self._token_ids = self._token_ids[:num_tokens], self._token_ids[num_tokens:]
+        del self._text[:num_parts], self._lengths[:num_parts]
         prompt_token_ids = prompt_logprobs = None
         if not self._has_begun:
             self._has_begun = True
@@ -180,10 +192,22 @@ class RequestStream:
             usage=self.usage,
             finish_reason=ended,
             stop_reason=self._stop_reason if ended is not None else None,
-            logprobs=self._logprob_writer.write(self._logprobs.take()),
+            logprobs=self._logprob_writer.write(self._logprobs.take(num_tokens)),
             prompt_token_ids=prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _num_parts(self) -> int:
+        """How many texts are taken at once: all, or enough for so many tokens and for any text at all."""
+        if self.request.sampling.num_logprobs is None or sum(self._lengths) <= MAX_LOGPROB_TOKENS:
+            return len(self._text)
+        num_tokens, has_text = 0, False
+        for index, (text, length) in enumerate(zip(self._text, self._lengths, strict=True)):
+            num_tokens += length
+            has_text |= text != ""
+            if has_text and num_tokens >= MAX_LOGPROB_TOKENS:
+                return index + 1
+        return len(self._text)
 
     def _written_prompt_logprobs(self) -> list[Logprob] | None:
         if self.request.sampling.num_prompt_logprobs is None:
@@ -194,9 +218,9 @@ class RequestStream:
         return writer.write([first, *self._prompt_logprobs])[1:]
 
     @property
-    def has_error(self) -> bool:
-        """Whether an error waits behind the text that was taken."""
-        return self._error is not None
+    def has_more(self) -> bool:
+        """Whether a rest or an error waits behind the text that was taken."""
+        return self._error is not None or bool(self._text)
 
 
 def _failure(message: str, code: str | None) -> ServerError:

@@ -66,5 +66,7 @@ def test_what_nobody_has_taken_comes_back_whole_and_in_order_and_is_kept_small()
         pending.add([entry])
     assert len(pending._latest) < PACK_TOKENS
     assert sum(map(len, pending._packed)) < 100 * 320
-    assert pending.take() == entries
-    assert pending.take() == []
+    assert [entry for count in (1, 30, 5, 0, 62) for entry in pending.take(count)] == entries[:98]
+    pending.add([entries[0]])
+    assert pending.take(100) == [*entries[98:], entries[0]]
+    assert pending.take(1) == []

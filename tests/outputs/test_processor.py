@@ -9,7 +9,7 @@ from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
 from server.outputs.response import ResponseStream
-from server.outputs.stream import RequestStream
+from server.outputs.stream import MAX_LOGPROB_TOKENS, RequestStream
 from server.types import (
     EngineOutput,
     EngineOutputs,
@@ -19,6 +19,7 @@ from server.types import (
     RequestOutput,
     SamplingParams,
     StepStats,
+    TokenLogprobs,
 )
 
 # One token a character: `▁`, then `a` to `z`, punctuation, bytes, and two special tokens.
@@ -67,6 +68,7 @@ class Reader:
         error: str | None = None,
         error_code: str | None = None,
         queue_seconds: float | None = None,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         """As the engine does: one output a token, the end on the last."""
         self.now += 1
@@ -82,6 +84,7 @@ class Reader:
                 queue_seconds=queue_seconds,
                 error=error,
                 error_code=error_code,
+                logprobs=logprobs,
             )
             self.stream.push(output, self.now)
 
@@ -424,3 +427,25 @@ def test_all_open_streams_fail_together_and_ended_ones_do_not() -> None:
         open_stream.take()
     assert ended.take().finish_reason is FinishReason.LENGTH  # type: ignore[union-attr]
     assert streams.woken == ["a", "b", "a"]
+
+
+def test_a_backlog_with_log_probabilities_comes_in_parts_and_others_whole() -> None:
+    words = ids(" hello") * 100
+    for num_logprobs in (None, 2):
+        reader = Reader(num_logprobs=num_logprobs)
+        for token in words:
+            entry = TokenLogprobs(token, -1.0, ((1, -2.0), (2, -3.0)))
+            reader.push([token], logprobs=() if num_logprobs is None else (entry,))
+        reader.push([], finish=FinishReason.LENGTH)
+        parts = []
+        while not parts or reader.stream.has_more:
+            parts.append(reader.stream.take())
+        taken = [part for part in parts if part is not None]
+        assert [token for part in taken for token in part.token_ids] == words
+        assert "".join(part.text for part in taken) == " ".join(["hello"] * 100)
+        assert [part.finish_reason for part in taken] == [None] * (len(taken) - 1) + [FinishReason.LENGTH]
+        if num_logprobs is None:
+            assert len(taken) == 1
+        else:
+            assert all(len(part.logprobs) == len(part.token_ids) <= MAX_LOGPROB_TOKENS for part in taken)
+            assert len(taken) == -(-len(words) // MAX_LOGPROB_TOKENS)
