@@ -133,6 +133,8 @@ def _serve(args: argparse.Namespace) -> int:
 def _make_demo(args: argparse.Namespace) -> int:
     from server.demo.checkpoint import SIZES, ensure_demo, write_checkpoint
 
+    if args.train and args.out is None:
+        raise ConfigError("--train needs a folder to write: make-demo OUT --train")
     if args.out is None:
         print(ensure_demo())
         return 0

@@ -75,6 +75,13 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", **changes}
 
 
+def make_checkpoint(folder: Path) -> Path:
+    """The tiny demo model, written by the server's interpreter, which may be another than this one."""
+    arguments = command("make-demo", str(folder), "--size", "tiny")
+    subprocess.run(arguments, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    return folder
+
+
 @contextmanager
 def running_server(folder: Path, log: Path, *args: str, module: str = "server", **environment: str) -> Iterator[Server]:
     """Start `serve FOLDER ARGS` and wait until it is ready; end it by its own process id."""

@@ -249,3 +249,8 @@ def test_a_chat_starts_without_the_model_and_the_load_generator() -> None:
     assert not {"torch", "transformers", "tokenizers", "numpy", "PIL", "fastapi", "uvicorn"} & set(
         loaded.stdout.split()
     )
+
+
+def test_training_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["make-demo", "--train"]) == 2
+    assert "--train needs a folder to write" in capsys.readouterr().err

@@ -14,7 +14,6 @@ which has the clients' packages and not the server's. The environment says the r
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import pytest
 
 from tests.clients.programs import GUIDELLM, VLLM, Program, version_table
 from tests.clients.talk import MODEL, closing_bias
-from tests.serving import ROOT, SMALL, Server, checked_server, clean_environment, command
+from tests.serving import SMALL, Server, checked_server, make_checkpoint
 
 CLIENTS = ("openai", "langchain", "litellm", "vllm", "guidellm", "schemathesis")
 NAMES = ("--served-model-name", MODEL, f"org/{MODEL}", "--num-threads", "1")
@@ -64,11 +63,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, written by the server's interpreter. To be read only."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    arguments = command("make-demo", str(folder), "--size", "tiny")
-    subprocess.run(arguments, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.DEVNULL, timeout=300)
-    return folder
+    """To be read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from server.demo.checkpoint import IMAGE_TOKEN_ID, write_checkpoint
 from server.demo.curriculum import Batch, draw_batch
 from server.demo.examples import IGNORED, ExampleMaker
-from server.demo.training import Plan, Trainer, Vocabulary, WholeSequences, answer_tokens, export
+from server.demo.pupil import WholeSequences
+from server.demo.training import Plan, Trainer, Vocabulary, answer_tokens, export
 from server.demo.typefaces import training_typefaces
 from server.model.attention.base import LayerCache
 from server.model.attention.sdpa import SdpaAttention

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.serving import ROOT, SMALL, Server, clean_environment, command, running_server
+from tests.serving import ROOT, SMALL, Server, make_checkpoint, running_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -45,11 +44,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, written by the server's interpreter. To be read only."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    arguments = command("make-demo", str(folder), "--size", "tiny")
-    subprocess.run(arguments, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.DEVNULL, timeout=300)
-    return folder
+    """To be read only."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,117 @@
+"""The demo model while it learns: the serving modules, plain attention over whole sequences, and a head for letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from server.demo.curriculum import Batch
+from server.demo.examples import GLYPHS_A_PATCH, IGNORED, NUM_GLYPH_CLASSES
+from server.model.attention.base import AttentionBackend, AttentionMetadata, LayerCache
+from server.model.config import ModelConfig
+from server.model.idefics2 import Idefics2Model
+
+
+class WholeSequences(AttentionBackend):
+    """Causal attention within each of the sequences, which have one length, without a cache: what training needs."""
+
+    def build_metadata(self, *, seq_lens: Sequence[int], **_: Any) -> AttentionMetadata:
+        nothing = torch.empty(0, dtype=torch.int64)
+        return AttentionMetadata(nothing, nothing, query_starts=(), seq_lens=seq_lens, num_decodes=0, decode_mask=None)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        count = len(metadata.seq_lens)
+        query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2).flatten(0, 1)
+
+
+class PlainAttention(TorchFunctionMode):
+    """Within it, attention is two products and a softmax: on a CPU the gradients of the fused kernel take ten times as
+    long for sequences as short as these."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
+    """[N, heads, Q, d], [N, kv heads, K, d] twice → [N, heads, Q, d]."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if is_causal:
+        scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu_(1)
+    attended: Tensor = scores.softmax(-1) @ value
+    return attended
+
+
+class Pupil(nn.Module):
+    """The model in training: itself, and a head that says which letters a patch shows, which is thrown away later.
+
+    A few thousand pictures teach the tower its letters that way; through the answers alone it takes a million.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = WholeSequences()
+        self.model = Idefics2Model(config, self.attention)
+        self.glyph_head = nn.Linear(config.vision.hidden_size, GLYPHS_A_PATCH * NUM_GLYPH_CLASSES)
+        self.model.requires_grad_(True)
+        self._no_caches = cast("Sequence[LayerCache]", [None] * config.text.num_layers)
+
+    def forward(self, batch: Batch, vocabulary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of the answers and of the letters, and the share of answer tokens that are likeliest.
+
+        `vocabulary` [V] are the tokens among which the right one is to be found.
+        """
+        model = self.model
+        dtype = model.text.embedding.weight.dtype
+        ids = torch.from_numpy(batch.token_ids)
+        embedded = model.embed(ids.flatten())
+        glyphs, targets = [], []
+        for group in batch.groups:
+            features = model.vision(model.normalizer(torch.from_numpy(group.tiles), dtype))
+            rows = model.connector(features).flatten(0, 1)
+            embedded = model.merge(embedded, rows, torch.from_numpy(group.positions))
+            glyphs.append(self.glyph_head(features).float().view(-1, NUM_GLYPH_CLASSES))
+            targets.append(torch.from_numpy(group.glyphs).flatten())
+        glyph_loss = F.cross_entropy(torch.cat(glyphs), torch.cat(targets), ignore_index=IGNORED)
+        positions = torch.arange(ids.shape[1]).repeat(len(ids))
+        hidden = model(
+            embedded, positions, self._no_caches, self.attention.build_metadata(seq_lens=[ids.shape[1]] * len(ids))
+        )
+        labels = torch.from_numpy(batch.labels)
+        asked = (labels[:, 1:] != IGNORED).flatten().nonzero().squeeze(1)
+        states = hidden.unflatten(0, ids.shape)[:, :-1].flatten(0, 1)[asked]
+        logits = F.linear(states, model.text.embedding.weight[vocabulary]).float()
+        right = torch.searchsorted(vocabulary, labels[:, 1:].flatten()[asked])
+        return F.cross_entropy(logits, right), glyph_loss, (logits.argmax(-1) == right).float().mean()
+
+
+def initialize(pupil: Pupil, seed: int) -> None:
+    """Matrices by fan-in, latents from a unit normal, norms 1, biases 0: wider, and the loss never leaves the prior."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in pupil.named_parameters():
+        if name.endswith("latents"):
+            parameter.data.normal_(0, 1, generator=generator)
+        elif name.endswith("embedding.weight"):
+            parameter.data.normal_(0, 0.05, generator=generator)
+        elif "position" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+        elif parameter.ndim > 1:
+            parameter.data.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
