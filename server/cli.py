@@ -75,6 +75,12 @@ def _parser(argv: Collection[str]) -> argparse.ArgumentParser:
     )
     demo.add_argument("--steps", type=int, default=60_000, help="of --train; default: %(default)s")
     demo.add_argument("--keep", type=Path, help="folder of what a later --train goes on from; default: OUT-training")
+    demo.add_argument(
+        "--examine",
+        type=int,
+        metavar="N",
+        help="ask the model in OUT about N pictures of each kind, needs the extra train",
+    )
     demo.set_defaults(run=_make_demo)
     return parser
 
@@ -135,6 +141,8 @@ def _make_demo(args: argparse.Namespace) -> int:
 
     if args.train and args.out is None:
         raise ConfigError("--train needs a folder to write: make-demo OUT --train")
+    if args.examine is not None:
+        return _examine_demo(args.out or ensure_demo(), args.examine, args.seed)
     if args.out is None:
         print(ensure_demo())
         return 0
@@ -153,6 +161,19 @@ def _make_demo(args: argparse.Namespace) -> int:
         weights=not args.no_weights,
     )
     print(args.out)
+    return 0
+
+
+def _examine_demo(folder: Path, count: int, seed: int) -> int:
+    """Print the share of right answers as a table, and the wrong ones as they come."""
+    from server.demo.exam import examine_folder
+
+    if count < 1:
+        raise ConfigError(f"--examine must be at least 1, not {count}")
+    shares = examine_folder(folder, count=count, seed=seed, show=lambda line: print(line, file=sys.stderr))
+    print(f"| {count} pictures each, seed {seed} | right |\n| --- | --- |")
+    for name, share in shares.items():
+        print(f"| {name} | {100 * share:.1f}% |")
     return 0
 
 

@@ -36,7 +36,7 @@ OWNERS = {
     "uvicorn": {"connections"},
     "httptools": {"connections", "bench"},
     "torch": {"launch", "runner", "model", "demo"},
-    "asyncio": {"launch", "connections", "api", "llm", "inputs", "grammar", "observability", "batch", "bench"},
+    "asyncio": {"launch", "connections", "api", "llm", "inputs", "grammar", "observability", "batch", "bench", "demo"},
     "httpx": {"inputs", "batch", "bench", "chat", "model"},
     "PIL": {"inputs", "bench", "demo"},
     "jinja2": {"inputs"},

@@ -10,25 +10,38 @@ import numpy as np
 import numpy.typing as npt
 
 from server.demo.examples import IGNORED, Example, ExampleMaker
-from server.demo.scenes import Studio, paint
+from server.demo.scenes.catalog import paint
+from server.demo.scenes.studio import Studio
 
 LONGEST, SHORTEST = 224, 84  # of a tile, in pixels
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`share` of each kind of scene; of `split` pictures; sides in pixels of tiles; letters not below `min_letters`."""
+    """`share` of each kind of scene; of `split` pictures; sides in pixels of tiles; letters not below `min_letters`.
+
+    `letters_only`: the tower alone learns, by the letters on its patches, and nothing is asked. That costs a third.
+    """
 
     steps: int
     shares: Mapping[str, float]
     split: float
     sides: tuple[int, int]
     min_letters: int
+    letters_only: bool = False
 
 
+LETTERS = Stage(
+    steps=1_200,
+    shares={"number": 1, "word": 1, "lines": 3, "table": 1, "receipt": 1, "page": 2},
+    split=0.0,
+    sides=(84, 140),
+    min_letters=12,
+    letters_only=True,
+)
 READING = Stage(
-    steps=2_000,
-    shares={"number": 3, "word": 3, "lines": 3, "figures": 1.5, "nothing": 0.1},
+    steps=1_600,
+    shares={"number": 3, "word": 3, "lines": 3, "page": 1, "figures": 1.5, "nothing": 0.1},
     split=0.0,
     sides=(84, 154),
     min_letters=12,
@@ -42,6 +55,7 @@ ALL = Stage(
         "figures": 2,
         "table": 2,
         "receipt": 2,
+        "page": 2,
         "compare": 1,
         "nothing": 0.3,
     },
@@ -49,7 +63,7 @@ ALL = Stage(
     sides=(84, 224),
     min_letters=11,
 )
-STAGES = (READING, ALL)
+STAGES = (LETTERS, READING, ALL)
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ class TileGroup:
 class Batch:
     """Conversations about pictures of one size, whose tiles have two sizes at most.
 
-    token_ids, labels: int64 [B, L], padded with 0 and IGNORED
+    token_ids, labels: int64 [B, L], padded with 0 and IGNORED; L is 0 where nothing is asked
     """
 
     groups: list[TileGroup]
@@ -104,6 +118,8 @@ def draw_batch(
     if split:
         width, height = 2 * width, 2 * height
         cost *= 5
+    if stage.letters_only:
+        cost /= 2.5
     count = max(4, round(pictures / cost))
     kinds, shares = list(stage.shares), list(stage.shares.values())
     examples: list[Example] = []
@@ -121,7 +137,7 @@ def draw_batch(
             max_letters=round(chance.choice((24, 40, 64)) * scale),
         )
         examples.append(maker.make(paint(kind, studio), split=split))
-    return _collate(examples, image_token_id)
+    return _collate(examples, image_token_id, asked=not stage.letters_only)
 
 
 def _sides(chance: random.Random, stage: Stage) -> tuple[int, int]:
@@ -132,7 +148,7 @@ def _sides(chance: random.Random, stage: Stage) -> tuple[int, int]:
     return width, height
 
 
-def _collate(examples: Sequence[Example], image_token_id: int) -> Batch:
+def _collate(examples: Sequence[Example], image_token_id: int, *, asked: bool) -> Batch:
     length = max(len(example.token_ids) for example in examples)
     token_ids = np.zeros((len(examples), length), dtype=np.int64)
     labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
@@ -153,4 +169,4 @@ def _collate(examples: Sequence[Example], image_token_id: int) -> Batch:
                 positions=rows[members].ravel(),
             )
         )
-    return Batch(groups, token_ids, labels)
+    return Batch(groups, token_ids, labels) if asked else Batch(groups, token_ids[:, :0], labels[:, :0])

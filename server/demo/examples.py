@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from server.demo.canvas import Canvas
-from server.demo.scenes import Scene
+from server.demo.scenes.studio import Scene
 from server.inputs.image_processor import cut_and_resize
 from server.inputs.placeholders import PromptIds
 from server.inputs.tokenizer import END_OF_UTTERANCE, Tokenizer

@@ -31,7 +31,7 @@ from server.demo.curriculum import Batch, draw_batch
 from server.demo.examples import IGNORED, ExampleMaker
 from server.demo.lexicon import WORDS
 from server.demo.pupil import PlainAttention, Pupil, initialize
-from server.demo.scenes import NO_PICTURE
+from server.demo.scenes.talk import NO_PICTURE
 from server.demo.shapes import KINDS
 from server.demo.typefaces import training_typefaces
 from server.errors import ConfigError
@@ -71,13 +71,13 @@ class Plan:
 class Trainer:
     """The pupil, float32 copies of its weights, and the optimizers of those."""
 
-    def __init__(self, config: ModelConfig, plan: Plan) -> None:
+    def __init__(self, config: ModelConfig, plan: Plan, *, compiled: bool = False) -> None:
         self.plan = plan
         self.step = 0
         # One core each. Threads within an operation would wait for one another at the end of each of thousands.
         torch.set_num_threads(1)
         self._threads = ThreadPoolExecutor(PARTS)
-        self.pupil = Pupil(config)
+        self.pupil = Pupil(config, compiled=compiled)
         initialize(self.pupil, plan.seed)
         self.masters = {name: p.detach().clone().float() for name, p in self.pupil.named_parameters()}
         self.pupil.to(torch.bfloat16)
@@ -98,8 +98,8 @@ class Trainer:
         """One step of all optimizers over these batches, each in a thread of its own. Returns mean losses."""
         found = list(self._threads.map(self._study, batches, vocabularies))
         for index, master in enumerate(self.masters.values()):
-            parts = [gradients[index] for gradients, _ in found if gradients[index] is not None]
-            master.grad = torch.stack([cast("Tensor", part).float() for part in parts]).sum(0) / len(batches)
+            parts = [part for gradients, _ in found if (part := gradients[index]) is not None]
+            master.grad = torch.stack([part.float() for part in parts]).sum(0) / len(batches) if parts else None
         torch.nn.utils.clip_grad_norm_(self.masters.values(), self.plan.max_norm)
         for optimizer, rate in self._optimizers:
             for group in optimizer.param_groups:
@@ -233,7 +233,7 @@ def train(folder: Path, plan: Plan, *, keep: Path, num_drawers: int = 1, keep_mi
     Raises ConfigError when what is kept there belongs to another plan.
     """
     config = load_model_config(folder)
-    trainer = Trainer(config, plan)
+    trainer = Trainer(config, plan, compiled=True)
     keep.mkdir(parents=True, exist_ok=True)
     _resume(trainer, keep)
     vocabulary = Vocabulary(answer_tokens(folder), config.text.vocab_size, plan.seed)

@@ -11,7 +11,8 @@ import pytest
 from server.config import ServerConfig
 from server.demo.canvas import Canvas, Glyph
 from server.demo.examples import CHARACTERS, IGNORED, NO_GLYPH, ExampleMaker
-from server.demo.scenes import PAINTERS, Scene, Studio, paint
+from server.demo.scenes.catalog import PAINTERS, paint
+from server.demo.scenes.studio import Scene, Studio
 from server.demo.typefaces import training_typefaces
 from server.inputs.image_processor import cut_and_resize
 from server.inputs.processor import InputProcessor
