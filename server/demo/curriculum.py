@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,16 @@ from server.demo.scenes.studio import Studio
 LONGEST, SHORTEST = 224, 84  # of a tile, in pixels
 
 
+Learners = Literal["eyes", "reader", "all"]
+
+
 @dataclass(frozen=True)
 class Stage:
     """`share` of each kind of scene; of `split` pictures; sides in pixels of tiles; letters not below `min_letters`.
 
-    `letters_only`: the tower alone learns, by the letters on its patches, and nothing is asked. That costs a third.
+    `learners`: "eyes" are the tower and the connector, which learn by the letters in their patches and cells, and
+    nothing is asked; "reader" is the language model, which learns to read what they give. Thrown together from the
+    start, answers that are mere guesses spoil the letters.
     """
 
     steps: int
@@ -28,30 +34,31 @@ class Stage:
     split: float
     sides: tuple[int, int]
     min_letters: int
-    letters_only: bool = False
+    learners: Learners = "all"
 
 
 LETTERS = Stage(
-    steps=1_200,
-    shares={"number": 1, "word": 1, "lines": 3, "table": 1, "receipt": 1, "page": 2},
+    steps=1_000,
+    shares={"number": 1, "word": 1, "lines": 3, "table": 1, "receipt": 1, "page": 2, "figures": 0.5},
     split=0.0,
     sides=(84, 140),
     min_letters=12,
-    letters_only=True,
+    learners="eyes",
 )
 READING = Stage(
-    steps=1_600,
-    shares={"number": 3, "word": 3, "lines": 3, "page": 1, "figures": 1.5, "nothing": 0.1},
+    steps=1_000,
+    shares={"number": 2, "word": 2, "lines": 3, "page": 1.5, "table": 1, "receipt": 1},
     split=0.0,
     sides=(84, 154),
     min_letters=12,
+    learners="reader",
 )
 ALL = Stage(
     steps=1 << 30,
     shares={
         "number": 1.2,
         "word": 1.5,
-        "lines": 3,
+        "lines": 2.5,
         "figures": 2,
         "table": 2,
         "receipt": 2,
@@ -59,7 +66,7 @@ ALL = Stage(
         "compare": 1,
         "nothing": 0.3,
     },
-    split=0.12,
+    split=0.25,
     sides=(84, 224),
     min_letters=11,
 )
@@ -70,12 +77,13 @@ STAGES = (LETTERS, READING, ALL)
 class TileGroup:
     """Tiles of one size.
 
-    tiles: uint8 [N, height, width, 3]; glyphs: int64 [N, patches, 2]
+    tiles: uint8 [N, height, width, 3]; glyphs: int64 [N, patches, 2]; cells: int64 [N, rows, 6]
     positions: int64 [N * rows], where the rows of the tiles go among the B * L ids of their batch
     """
 
     tiles: npt.NDArray[np.uint8]
     glyphs: npt.NDArray[np.int64]
+    cells: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
 
 
@@ -83,12 +91,13 @@ class TileGroup:
 class Batch:
     """Conversations about pictures of one size, whose tiles have two sizes at most.
 
-    token_ids, labels: int64 [B, L], padded with 0 and IGNORED; L is 0 where nothing is asked
+    token_ids, labels: int64 [B, L], padded with 0 and IGNORED
     """
 
     groups: list[TileGroup]
     token_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    learners: Learners
 
 
 def stage_at(step: int) -> Stage:
@@ -118,8 +127,8 @@ def draw_batch(
     if split:
         width, height = 2 * width, 2 * height
         cost *= 5
-    if stage.letters_only:
-        cost /= 2.5
+    if stage.learners == "eyes":
+        cost /= 2
     count = max(4, round(pictures / cost))
     kinds, shares = list(stage.shares), list(stage.shares.values())
     examples: list[Example] = []
@@ -137,7 +146,7 @@ def draw_batch(
             max_letters=round(chance.choice((24, 40, 64)) * scale),
         )
         examples.append(maker.make(paint(kind, studio), split=split))
-    return _collate(examples, image_token_id, asked=not stage.letters_only)
+    return _collate(examples, image_token_id, stage.learners)
 
 
 def _sides(chance: random.Random, stage: Stage) -> tuple[int, int]:
@@ -148,7 +157,7 @@ def _sides(chance: random.Random, stage: Stage) -> tuple[int, int]:
     return width, height
 
 
-def _collate(examples: Sequence[Example], image_token_id: int, *, asked: bool) -> Batch:
+def _collate(examples: Sequence[Example], image_token_id: int, learners: Learners) -> Batch:
     length = max(len(example.token_ids) for example in examples)
     token_ids = np.zeros((len(examples), length), dtype=np.int64)
     labels = np.full((len(examples), length), IGNORED, dtype=np.int64)
@@ -158,6 +167,7 @@ def _collate(examples: Sequence[Example], image_token_id: int, *, asked: bool) -
     places = np.flatnonzero(token_ids.ravel() == image_token_id)
     tiles = [tile for example in examples for tile in example.tiles]
     glyphs = [labels for example in examples for labels in example.glyphs]
+    cells = [labels for example in examples for labels in example.cells]
     rows = places.reshape(len(tiles), -1)
     groups = []
     for size in dict.fromkeys(tile.shape for tile in tiles):
@@ -166,7 +176,8 @@ def _collate(examples: Sequence[Example], image_token_id: int, *, asked: bool) -
             TileGroup(
                 tiles=np.stack([tiles[index] for index in members]),
                 glyphs=np.stack([glyphs[index] for index in members]),
+                cells=np.stack([cells[index] for index in members]),
                 positions=rows[members].ravel(),
             )
         )
-    return Batch(groups, token_ids, labels) if asked else Batch(groups, token_ids[:, :0], labels[:, :0])
+    return Batch(groups, token_ids, labels, learners)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from server.types import ImageSettings
 IGNORED = -100  # of a label: no loss here (torch's default of cross_entropy)
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ."
 GLYPHS_A_PATCH = 2
+GLYPHS_A_CELL = 6
 NO_GLYPH = len(CHARACTERS)
 NUM_GLYPH_CLASSES = len(CHARACTERS) + 1
 
@@ -33,12 +34,15 @@ class Example:
 
     tiles: uint8 [height, width, 3] each, in the order of the prompt
     glyphs: of each tile int64 [patches, 2], the classes of the first two letters whose middle lies in a patch
+    cells: of each tile int64 [rows, 6], the classes of the first six letters in each cell of a grid over the tile that
+        has as many cells as the tile has rows in the prompt
     token_ids: the whole conversation
     labels: of each id itself where it belongs to an answer, else IGNORED
     """
 
     tiles: list[npt.NDArray[np.uint8]]
     glyphs: list[Labels]
+    cells: list[Labels]
     token_ids: list[int]
     labels: list[int]
 
@@ -57,12 +61,15 @@ class ExampleMaker:
     def make(self, scene: Scene, *, split: bool) -> Example:
         tiles: list[Image.Image] = []
         glyphs: list[Labels] = []
+        cells: list[Labels] = []
         for canvas in scene.canvases:
             cut = cut_and_resize(canvas.image, split=split, settings=self._images)
             tiles += cut
-            glyphs += self._glyphs_of(canvas, cut)
+            for box, tile in zip(_boxes(canvas, len(cut)), cut, strict=True):
+                glyphs.append(self._by_patch(canvas, box, tile))
+                cells.append(self._by_cell(canvas, box))
         ids, labels = self._conversation(scene, tiles_a_picture=5 if split else 1)
-        return Example([np.asarray(tile) for tile in tiles], glyphs, ids, labels)
+        return Example([np.asarray(tile) for tile in tiles], glyphs, cells, ids, labels)
 
     def _conversation(self, scene: Scene, *, tiles_a_picture: int) -> tuple[list[int], list[int]]:
         tokenizer = self._tokenizer
@@ -90,37 +97,55 @@ class ExampleMaker:
         if not scene.text_first:
             prompt.add_ids(self._encode(f" {text}", first=False))  # the space is the family's processor's
 
-    def _glyphs_of(self, canvas: Canvas, tiles: Sequence[Image.Image]) -> list[Labels]:
-        """For each tile [patches, 2]; a patch with more letters than two is not to be read, and has no label."""
-        width, height = canvas.image.size
-        boxes: list[tuple[float, float, float, float]] = [(0, 0, width, height)]
-        if len(tiles) > 1:
-            across, down = width // 2, height // 2
-            quarters = [
-                (0, 0, across, down),
-                (across, 0, width, down),
-                (0, down, across, height),
-                (across, down, width, height),
-            ]
-            boxes = [*quarters, *boxes]
-        return [self._glyphs_in(canvas, box, tile) for box, tile in zip(boxes, tiles, strict=True)]
-
-    def _glyphs_in(self, canvas: Canvas, box: tuple[float, float, float, float], tile: Image.Image) -> Labels:
-        left, top, right, bottom = box
+    def _by_patch(self, canvas: Canvas, box: Box, tile: Image.Image) -> Labels:
+        """[patches, 2]; a patch with more letters than two is not to be read, and has no label."""
         columns, rows = tile.width // self._patch_size, tile.height // self._patch_size
-        across = tile.width / (right - left) / self._patch_size  # patches a pixel of the canvas
-        down = tile.height / (bottom - top) / self._patch_size
+        # What lies right of and below the last patch is not seen.
+        seen = (columns * self._patch_size / tile.width, rows * self._patch_size / tile.height)
         labels = np.full((rows * columns, GLYPHS_A_PATCH), NO_GLYPH, dtype=np.int64)
-        found: dict[int, list[tuple[float, int]]] = {}
-        for glyph in canvas.glyphs:
-            column, row = (glyph.x - left) * across, (glyph.y - top) * down
-            if 0 <= column < columns and 0 <= row < rows:
-                place = int(row) * columns + int(column)
-                found.setdefault(place, []).append((glyph.x, CHARACTERS.index(glyph.character)))
-        for place, letters in found.items():
+        for place, letters in _letters_in(canvas, _part(box, *seen), columns, rows).items():
+            labels[place, : len(letters)] = letters[:GLYPHS_A_PATCH]
             if len(letters) > GLYPHS_A_PATCH:
                 labels[place] = IGNORED
-                continue
-            for slot, (_, character) in enumerate(sorted(letters)):
-                labels[place, slot] = character
         return labels
+
+    def _by_cell(self, canvas: Canvas, box: Box) -> Labels:
+        """[rows_per_tile, 6], of more letters the first."""
+        side = math.isqrt(self._rows_per_tile)
+        labels = np.full((self._rows_per_tile, GLYPHS_A_CELL), NO_GLYPH, dtype=np.int64)
+        for place, letters in _letters_in(canvas, box, side, side).items():
+            labels[place, : len(letters)] = letters[:GLYPHS_A_CELL]
+        return labels
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of a canvas
+
+
+def _boxes(canvas: Canvas, num_tiles: int) -> list[Box]:
+    """What each of a picture's tiles shows: all of it, after its quarters where it was split."""
+    width, height = canvas.image.size
+    whole = (0, 0, width, height)
+    if num_tiles == 1:
+        return [whole]
+    across, down = width // 2, height // 2
+    upper = [(0, 0, across, down), (across, 0, width, down)]
+    return [*upper, (0, down, across, height), (across, down, width, height), whole]
+
+
+def _part(box: Box, across: float, down: float) -> Box:
+    """The upper left part of a box that has this share of its width and of its height."""
+    left, top, right, bottom = box
+    return left, top, left + across * (right - left), top + down * (bottom - top)
+
+
+def _letters_in(canvas: Canvas, box: Box, columns: int, rows: int) -> dict[int, list[int]]:
+    """The classes of the letters, line by line, in each cell of a grid over the box; cells without any are left out."""
+    left, top, right, bottom = box
+    across, down = columns / (right - left), rows / (bottom - top)
+    found: dict[int, list[tuple[float, float, int]]] = {}
+    for glyph in canvas.glyphs:
+        column, row = (glyph.x - left) * across, (glyph.y - top) * down
+        if 0 <= column < columns and 0 <= row < rows:
+            place = int(row) * columns + int(column)
+            found.setdefault(place, []).append((glyph.y, glyph.x, CHARACTERS.index(glyph.character)))
+    return {place: [character for *_, character in sorted(letters)] for place, letters in found.items()}

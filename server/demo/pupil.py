@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from server.demo.curriculum import Batch, TileGroup
-from server.demo.examples import GLYPHS_A_PATCH, IGNORED, NUM_GLYPH_CLASSES
+from server.demo.examples import GLYPHS_A_CELL, GLYPHS_A_PATCH, IGNORED, NUM_GLYPH_CLASSES
 from server.model.attention.base import AttentionBackend, AttentionMetadata, LayerCache
 from server.model.config import ModelConfig
 from server.model.idefics2 import Idefics2Model
@@ -60,17 +62,29 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fals
     return attended
 
 
-class Pupil(nn.Module):
-    """The model in training: itself, and a head that says which letters a patch shows, which is thrown away later.
+class Losses(NamedTuple):
+    """Of answers' tokens, and the share of these that are likeliest; of letters in patches, and in cells of a grid."""
 
-    A few thousand pictures teach the tower its letters that way; through the answers alone it takes a million.
+    answers: Tensor
+    right: Tensor
+    patches: Tensor
+    cells: Tensor
+
+
+class Pupil(nn.Module):
+    """The model in training: itself, and two heads which are thrown away later.
+
+    One says which letters a patch shows, the other which letters stand in the cell of a grid that a row of the
+    connector is given to look after. A few thousand pictures teach the tower its letters that way, and the connector
+    to keep their places; through the answers alone it takes a million.
     """
 
     def __init__(self, config: ModelConfig, *, compiled: bool = False) -> None:
         super().__init__()
         self.attention = WholeSequences()
         self.model = Idefics2Model(config, self.attention)
-        self.glyph_head = nn.Linear(config.vision.hidden_size, GLYPHS_A_PATCH * NUM_GLYPH_CLASSES)
+        self.patch_head = nn.Linear(config.vision.hidden_size, GLYPHS_A_PATCH * NUM_GLYPH_CLASSES)
+        self.cell_head = nn.Linear(config.text.hidden_size, GLYPHS_A_CELL * NUM_GLYPH_CLASSES)
         self.model.requires_grad_(True)
         # Fused, they are a third of a step faster. Whole layers would be compiled anew for every size of batch.
         for module in self.model.modules():
@@ -78,22 +92,35 @@ class Pupil(nn.Module):
                 module.compile(dynamic=True)
         self._no_caches = cast("Sequence[LayerCache]", [None] * config.text.num_layers)
 
-    def forward(self, batch: Batch, vocabulary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses of the answers and of the letters, and the share of answer tokens that are likeliest.
+    def forward(self, batch: Batch, vocabulary: Tensor) -> Losses:
+        """`vocabulary` [V] are the tokens among which the right one is to be found.
 
-        `vocabulary` [V] are the tokens among which the right one is to be found. Where nothing is asked, the tower
-        alone has gradients, and the first loss and the share are 0.
+        Only the batch's learners have gradients; losses that are theirs not are 0.
         """
+        nothing = torch.zeros(())
+        with torch.set_grad_enabled(batch.learners != "reader"):
+            seen = [self._look(group) for group in batch.groups]
+            rows = [self.model.connector(features) for features in seen]
+            patches = _letters_loss(self.patch_head, seen, [group.glyphs for group in batch.groups])
+            cells = _letters_loss(self.cell_head, rows, [group.cells for group in batch.groups])
+        if batch.learners == "eyes":
+            return Losses(nothing, nothing, patches, cells)
+        return Losses(*self._answer(batch, rows, vocabulary), patches, cells)
+
+    def _look(self, group: TileGroup) -> Tensor:
         model = self.model
-        dtype = model.text.embedding.weight.dtype
-        features = [model.vision(model.normalizer(torch.from_numpy(group.tiles), dtype)) for group in batch.groups]
-        glyph_loss = self._glyph_loss(features, batch.groups)
-        if batch.token_ids.size == 0:
-            return torch.zeros(()), glyph_loss, torch.zeros(())
+        features: Tensor = model.vision(
+            model.normalizer(torch.from_numpy(group.tiles), model.text.embedding.weight.dtype)
+        )
+        return features
+
+    def _answer(self, batch: Batch, rows: Sequence[Tensor], vocabulary: Tensor) -> tuple[Tensor, Tensor]:
+        """Their loss, and the share of right tokens."""
+        model = self.model
         ids = torch.from_numpy(batch.token_ids)
         embedded = model.embed(ids.flatten())
-        for group, seen in zip(batch.groups, features, strict=True):
-            embedded = model.merge(embedded, model.connector(seen).flatten(0, 1), torch.from_numpy(group.positions))
+        for group, given in zip(batch.groups, rows, strict=True):
+            embedded = model.merge(embedded, given.flatten(0, 1), torch.from_numpy(group.positions))
         positions = torch.arange(ids.shape[1]).repeat(len(ids))
         hidden = model(
             embedded, positions, self._no_caches, self.attention.build_metadata(seq_lens=[ids.shape[1]] * len(ids))
@@ -103,12 +130,13 @@ class Pupil(nn.Module):
         states = hidden.unflatten(0, ids.shape)[:, :-1].flatten(0, 1)[asked]
         logits = F.linear(states, model.text.embedding.weight[vocabulary]).float()
         right = torch.searchsorted(vocabulary, labels[:, 1:].flatten()[asked])
-        return F.cross_entropy(logits, right), glyph_loss, (logits.argmax(-1) == right).float().mean()
+        return F.cross_entropy(logits, right), (logits.argmax(-1) == right).float().mean()
 
-    def _glyph_loss(self, features: Sequence[Tensor], groups: Sequence[TileGroup]) -> Tensor:
-        glyphs = torch.cat([self.glyph_head(seen).float().view(-1, NUM_GLYPH_CLASSES) for seen in features])
-        targets = torch.cat([torch.from_numpy(group.glyphs).flatten() for group in groups])
-        return F.cross_entropy(glyphs, targets, ignore_index=IGNORED)
+
+def _letters_loss(head: nn.Module, features: Sequence[Tensor], labels: Sequence[npt.NDArray[np.int64]]) -> Tensor:
+    """`features` [N, places, hidden] and `labels` [N, places, letters] of each group."""
+    logits = torch.cat([head(seen).float().view(-1, NUM_GLYPH_CLASSES) for seen in features])
+    return F.cross_entropy(logits, torch.cat([torch.from_numpy(right).flatten() for right in labels]))
 
 
 def initialize(pupil: Pupil, seed: int) -> None:

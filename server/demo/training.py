@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -43,7 +44,7 @@ from server.model.weight_map import weight_targets
 logger = logging.getLogger(__name__)
 
 PARTS = 2  # batches, each of one size of tile, that make up a step
-GLYPH_WEIGHT = 0.5
+LETTERS_WEIGHT = 0.5
 NUM_NEGATIVES = 512  # tokens drawn anew each step, of those that no answer has: they too must learn to be unlikely
 LOG_STEPS = 50
 
@@ -113,10 +114,10 @@ class Trainer:
 
     def _study(self, batch: Batch, vocabulary: Tensor) -> tuple[tuple[Tensor | None, ...], dict[str, float]]:
         with PlainAttention():
-            answers, letters, right = self.pupil(batch, vocabulary)
-        loss = answers + GLYPH_WEIGHT * letters
+            losses = self.pupil(batch, vocabulary)
+        loss = losses.answers + LETTERS_WEIGHT * (losses.patches + losses.cells)
         gradients = torch.autograd.grad(loss, list(self.pupil.parameters()), allow_unused=True)
-        return gradients, {"answers": answers.item(), "letters": letters.item(), "right": right.item()}
+        return gradients, {name: value.item() for name, value in losses._asdict().items()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a run goes on from, as named tensors."""
@@ -146,7 +147,7 @@ class Trainer:
 
 def _is_matrix(name: str, weight: Tensor) -> bool:
     """Whether Muon trains it: not tables, and not what stands at the ends."""
-    ends = ("embedding.weight", "position.weight", "latents", "patches.projection.weight", "glyph_head.weight")
+    ends = ("embedding.weight", "position.weight", "latents", "patches.projection.weight", "_head.weight")
     return weight.ndim == 2 and not name.endswith(ends)
 
 
@@ -180,6 +181,7 @@ _drawing: Callable[[int], list[Batch]]  # in a process that draws
 def _prepare_drawing(folder: Path, plan: Plan) -> None:
     global _drawing
     os.nice(5)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     config = load_model_config(folder)
     maker = ExampleMaker(
         folder,
@@ -204,6 +206,14 @@ def _prepare_drawing(folder: Path, plan: Plan) -> None:
         ]
 
     _drawing = draw
+
+
+def _leave_with_parent() -> None:
+    """A pool's process waits for work for ever when what gave it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _draw(step: int) -> list[Batch]:

@@ -10,7 +10,7 @@ import pytest
 
 from server.config import ServerConfig
 from server.demo.canvas import Canvas, Glyph
-from server.demo.examples import CHARACTERS, IGNORED, NO_GLYPH, ExampleMaker
+from server.demo.examples import CHARACTERS, IGNORED, NO_GLYPH, ExampleMaker, _boxes
 from server.demo.scenes.catalog import PAINTERS, paint
 from server.demo.scenes.studio import Scene, Studio
 from server.demo.typefaces import training_typefaces
@@ -84,7 +84,7 @@ def test_a_letter_is_labelled_in_the_patch_that_its_middle_is_in(maker: ExampleM
     canvas = Canvas(scenes(1)[0].canvases[0].image.resize((448, 448)))
     canvas.glyphs = [Glyph("7", 20.0, 100.0), Glyph("a", 27.0, 100.0), Glyph("Z", 400.0, 300.0)]
     tiles = cut_and_resize(canvas.image, split=True, settings=IMAGES)
-    labels = maker._glyphs_of(canvas, tiles)
+    labels = [maker._by_patch(canvas, box, tile) for box, tile in zip(_boxes(canvas, 5), tiles, strict=True)]
     assert [tile.shape for tile in labels] == [(256, 2)] * 5
     first = labels[0].reshape(16, 16, 2)
     assert first[7, 1].tolist() == [CHARACTERS.index("7"), CHARACTERS.index("a")]
@@ -99,6 +99,26 @@ def test_a_letter_is_labelled_in_the_patch_that_its_middle_is_in(maker: ExampleM
 def test_more_letters_than_two_in_a_patch_have_no_label(maker: ExampleMaker) -> None:
     canvas = Canvas(scenes(1)[0].canvases[0].image.resize((224, 224)))
     canvas.glyphs = [Glyph("a", x, 3.0) for x in (1.0, 5.0, 9.0)]
-    (labels,) = maker._glyphs_of(canvas, cut_and_resize(canvas.image, split=False, settings=IMAGES))
+    labels = maker._by_patch(canvas, _boxes(canvas, 1)[0], canvas.image)
     assert labels[0].tolist() == [IGNORED, IGNORED]
     assert np.count_nonzero(labels == IGNORED) == 2
+
+
+def test_letters_are_told_by_cells_line_by_line(maker: ExampleMaker) -> None:
+    canvas = Canvas(scenes(1)[0].canvases[0].image.resize((400, 160)))
+    canvas.glyphs = [
+        Glyph(letter, x, y) for letter, x, y in (("c", 60, 31), ("a", 55, 22), ("b", 90, 22), ("7", 399, 159))
+    ]
+    labels = maker._by_cell(canvas, _boxes(canvas, 1)[0]).reshape(8, 8, 6)
+    assert labels[1, 1].tolist() == [*(CHARACTERS.index(letter) for letter in "abc"), *[NO_GLYPH] * 3]
+    assert labels[7, 7, 0] == CHARACTERS.index("7")
+    assert np.count_nonzero(labels != NO_GLYPH) == 4
+    upper_left = maker._by_cell(canvas, _boxes(canvas, 5)[0]).reshape(8, 8, 6)
+    assert upper_left[2, 2].tolist() == [CHARACTERS.index("a"), *[NO_GLYPH] * 5]
+
+
+def test_of_more_letters_than_a_cell_tells_the_first_count(maker: ExampleMaker) -> None:
+    canvas = Canvas(scenes(1)[0].canvases[0].image.resize((400, 160)))
+    canvas.glyphs = [Glyph(letter, 2 + 4 * index, 5.0) for index, letter in enumerate("abcdefgh")]
+    labels = maker._by_cell(canvas, _boxes(canvas, 1)[0])
+    assert labels[0].tolist() == [CHARACTERS.index(letter) for letter in "abcdef"]

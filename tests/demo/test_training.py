@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from server.demo.checkpoint import IMAGE_TOKEN_ID, write_checkpoint
-from server.demo.curriculum import LETTERS, Batch, draw_batch
+from server.demo.curriculum import LETTERS, READING, Batch, draw_batch
 from server.demo.examples import IGNORED, ExampleMaker
 from server.demo.pupil import WholeSequences
 from server.demo.training import Plan, Trainer, Vocabulary, answer_tokens, export
@@ -19,6 +19,7 @@ from server.model.attention.sdpa import SdpaAttention
 from server.model.config import ModelConfig, load_model_config
 from server.model.loader import load_model
 
+LAST_STAGE = LETTERS.steps + READING.steps
 PLAN = Plan(steps=100, decay_steps=10, pictures=8, warm_up_steps=1)
 
 
@@ -41,7 +42,7 @@ def batches(folder: Path, config: ModelConfig) -> list[Batch]:
         draw_batch(
             step, 0, seed=1, pictures=4, maker=maker, typefaces=training_typefaces(), image_token_id=IMAGE_TOKEN_ID
         )
-        for step in (LETTERS.steps, LETTERS.steps + 1)
+        for step in (LAST_STAGE, LAST_STAGE + 1)
     ]
 
 
@@ -73,21 +74,26 @@ def test_the_loss_falls_on_what_it_has_seen(config: ModelConfig, batches: list[B
     trainer = Trainer(config, PLAN)
     losses = [trainer.learn(batches, [vocabulary.at(0, batch) for batch in batches]) for _ in range(12)]
     assert losses[-1]["answers"] < 0.8 * losses[0]["answers"]
-    assert losses[-1]["letters"] < 0.8 * losses[0]["letters"]
+    assert losses[-1]["patches"] < 0.8 * losses[0]["patches"]
 
 
-def test_letters_alone_teach_the_tower_alone(folder: Path, config: ModelConfig, vocabulary: Vocabulary) -> None:
+EYES = ("model.vision.", "model.connector.", "patch_head.", "cell_head.")
+
+
+@pytest.mark.parametrize(("step", "loss"), [(0, "cells"), (LETTERS.steps, "answers")])
+def test_eyes_learn_their_letters_first_and_then_the_reader_to_read(
+    folder: Path, config: ModelConfig, vocabulary: Vocabulary, step: int, loss: str
+) -> None:
     maker = ExampleMaker(folder, images=config.images, rows_per_tile=64, patch_size=14)
     batch = draw_batch(
-        0, 0, seed=1, pictures=4, maker=maker, typefaces=training_typefaces(), image_token_id=IMAGE_TOKEN_ID
+        step, 0, seed=1, pictures=4, maker=maker, typefaces=training_typefaces(), image_token_id=IMAGE_TOKEN_ID
     )
     trainer = Trainer(config, PLAN)
     before = {name: master.clone() for name, master in trainer.masters.items()}
-    losses = [trainer.learn([batch, batch], [vocabulary.at(0, batch)] * 2)["letters"] for _ in range(4)]
+    losses = [trainer.learn([batch, batch], [vocabulary.at(0, batch)] * 2)[loss] for _ in range(4)]
     assert losses[-1] < 0.9 * losses[0]
     changed = {name for name, master in trainer.masters.items() if not torch.equal(master, before[name])}
-    tower = {name for name in before if name.startswith(("model.vision.", "glyph_head."))}
-    assert changed == tower
+    assert changed == {name for name in before if name.startswith(EYES) == (step == 0)}
 
 
 def test_a_run_that_was_kept_goes_on_as_if_it_had_not_stopped(
@@ -126,7 +132,7 @@ def test_every_answer_is_in_its_vocabulary_and_others_change(batches: list[Batch
 def test_the_same_step_is_drawn_the_same(folder: Path, config: ModelConfig, batches: list[Batch]) -> None:
     maker = ExampleMaker(folder, images=config.images, rows_per_tile=64, patch_size=14)
     again = draw_batch(
-        LETTERS.steps + 1,
+        LAST_STAGE + 1,
         0,
         seed=1,
         pictures=4,
