@@ -5,11 +5,11 @@ Knows nothing of templates or pictures. Safe to use from several threads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer
 
 from server.errors import CheckpointError
@@ -41,8 +41,7 @@ class Tokenizer:
                 raise CheckpointError(f"{folder}: the tokenizer has no special token {token}")
         self.bos_token_ids: list[int] = loaded("").input_ids
         self.chat_template: str | None = loaded.chat_template if isinstance(loaded.chat_template, str) else None
-        self._first = _plain_text_copy(backend, continues=False)
-        self._next = _plain_text_copy(backend, continues=True)
+        self._first, self._next = _plain_text_copies(backend)
         self._pieces = {token_id: piece for piece, token_id in backend.get_vocab(with_added_tokens=True).items()}
         self._longest_piece = max(len(piece) for piece in self._pieces.values())
 
@@ -81,16 +80,19 @@ class Tokenizer:
         return [self._pieces.get(token_id) for token_id in range(max(self._pieces) + 1)]
 
 
-def _plain_text_copy(backend: BackendTokenizer, *, continues: bool) -> BackendTokenizer:
-    """A copy that takes special tokens' names for plain text.
+def _plain_text_copies(backend: BackendTokenizer) -> tuple[BackendTokenizer, BackendTokenizer]:
+    """Copies that take special tokens' names for plain text: for the first run of a prompt, and for later ones.
 
-    With `legacy: true` a `▁` starts every run of text, so a run encodes alike wherever it stands. Without it
-    (prepend_scheme "first") only the first run gets one, and a copy for later runs must not add it.
+    With `legacy: true` a `▁` starts every run of text, so a run encodes alike wherever it stands, and both are one.
+    Without it (prepend_scheme "first") only the first run gets one, and a copy for later runs must not add it.
     """
-    content = json.loads(backend.to_str())
-    scheme = content["pre_tokenizer"]
-    if continues and scheme and scheme["type"] == "Metaspace" and scheme["prepend_scheme"] == "first":
-        scheme["prepend_scheme"] = "never"
-    copy: BackendTokenizer = BackendTokenizer.from_str(json.dumps(content))
-    copy.encode_special_tokens = True
-    return copy
+    serialized = backend.to_str()
+    first: BackendTokenizer = BackendTokenizer.from_str(serialized)
+    first.encode_special_tokens = True
+    scheme = first.pre_tokenizer
+    if not isinstance(scheme, Metaspace) or scheme.prepend_scheme != "first":
+        return first, first
+    later: BackendTokenizer = BackendTokenizer.from_str(serialized)
+    later.encode_special_tokens = True
+    later.pre_tokenizer = Metaspace(scheme.replacement, prepend_scheme="never", split=scheme.split)
+    return first, later
