@@ -128,6 +128,11 @@ async def answers_to(llm: AsyncLLM, items: Sequence[Item], detail: ImageDetail) 
     return await asyncio.gather(*(ask(number, item) for number, item in enumerate(items)))
 
 
+def wrong_answers(items: Sequence[Item], said: Sequence[str]) -> list[tuple[Item, str]]:
+    """The items that were not answered to the letter, each with what was said; spaces around that do not count."""
+    return [(item, answer) for item, answer in zip(items, said, strict=True) if answer.strip() != item.answer]
+
+
 async def examine(
     llm: AsyncLLM, *, count: int, seed: int, only: str = "", show: Callable[[str], None] | None = None
 ) -> dict[str, float]:
@@ -140,8 +145,7 @@ async def examine(
         if only not in exercise.name:
             continue
         items = draw_items(exercise, count, seed=seed)
-        said = await answers_to(llm, items, exercise.detail)
-        wrong = [(item, answer) for item, answer in zip(items, said, strict=True) if answer.strip() != item.answer]
+        wrong = wrong_answers(items, await answers_to(llm, items, exercise.detail))
         shares[exercise.name] = 1 - len(wrong) / len(items)
         if show is not None:
             for item, answer in wrong:
@@ -150,9 +154,17 @@ async def examine(
 
 
 def examine_folder(folder: Path, *, count: int, seed: int, show: Callable[[str], None]) -> dict[str, float]:
-    """`examine` for a checkpoint's folder, in float32."""
-    flags = {"model": str(folder), "dtype": "float32", "max_model_len": 4096, "max_num_seqs": IN_FLIGHT}
-    llm = build_llm(load_config(file=None, environ={}, flags={**flags, "kv_cache_memory_gb": 0.5}))
+    """`examine` for a checkpoint's folder, in float32, with steps large enough for many answers at once."""
+    settings = {
+        "model": str(folder),
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "max_num_seqs": IN_FLIGHT,
+        "max_num_batched_tokens": 2048,
+        "max_num_batched_tiles": 8,
+        "kv_cache_memory_gb": 0.5,
+    }
+    llm = build_llm(load_config(file=None, environ={}, flags=settings))
 
     async def run() -> dict[str, float]:
         await llm.start()
