@@ -63,23 +63,28 @@ def _parser(argv: Collection[str]) -> argparse.ArgumentParser:
         chat_cli.add_arguments(chat)
         chat.set_defaults(run=chat_cli.run)
 
-    demo = commands.add_parser("make-demo", help="write a checkpoint with random weights", allow_abbrev=False)
-    demo.add_argument("out", type=Path, nargs="?", help="folder to write; default: the bundled demo's in the cache")
+    demo = commands.add_parser("make-demo", help="write the bundled model, or random weights", allow_abbrev=False)
+    demo.add_argument("out", type=Path, nargs="?", help="folder for random weights; none: the bundled model, cached")
     demo.add_argument("--size", default="tiny", help="demo, tiny, tiny-tied, bench (301 M parameters), 1b or 8b")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     demo.add_argument("--text-only", type=Path, help="also write the language model alone, for other engines")
     demo.add_argument("--no-weights", action="store_true", help="all but the weights: for serve --load-format dummy")
     demo.add_argument(
-        "--train", action="store_true", help="train the demo size from nothing; hours, needs the extra train"
+        "--train",
+        action="store_true",
+        help="train the demo size from nothing; minutes on a GPU, days on a CPU; needs the extra train",
     )
-    demo.add_argument("--steps", type=int, default=60_000, help="of --train; default: %(default)s")
+    demo.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of --train; default: %(default)s")
+    demo.add_argument("--steps", type=int, help="of --train; default: as many as the bundled model had pictures for")
+    demo.add_argument("--minutes", type=float, default=float("inf"), help="after which --train is to be over")
+    demo.add_argument("--drawers", type=int, default=1, help="processes that draw for --train; default: %(default)s")
     demo.add_argument("--keep", type=Path, help="folder of what a later --train goes on from; default: OUT-training")
     demo.add_argument(
         "--examine",
         type=int,
         metavar="N",
-        help="ask the model in OUT about N pictures of each kind, needs the extra train",
+        help="ask the model in OUT, or the bundled one, about N pictures of each kind; needs the extra train",
     )
     demo.set_defaults(run=_make_demo)
     return parser
@@ -179,14 +184,21 @@ def _examine_demo(folder: Path, count: int, seed: int) -> int:
 
 def _train_demo(args: argparse.Namespace) -> int:
     from server.demo.checkpoint import write_checkpoint
-    from server.demo.training import Plan, train
+    from server.demo.trainer import usual_plan
+    from server.demo.training import train
     from server.observability.logs import configure_logging
 
     configure_logging()
     if not (args.out / "config.json").exists():
         write_checkpoint(args.out, "demo", seed=args.seed, dtype="bfloat16")
-    keep = args.keep or args.out.with_name(f"{args.out.name}-training")
-    train(args.out, Plan(steps=args.steps, decay_steps=args.steps // 10, seed=args.seed), keep=keep)
+    train(
+        args.out,
+        usual_plan(args.device, seed=args.seed, steps=args.steps),
+        keep=args.keep or args.out.with_name(f"{args.out.name}-training"),
+        device=args.device,
+        num_drawers=args.drawers,
+        minutes=args.minutes,
+    )
     print(args.out)
     return 0
 

@@ -1,4 +1,4 @@
-"""A picture in the making, which remembers where each letter stands."""
+"""A picture in the making, which remembers where each letter and each word stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
+from server.demo.lexicon import PLACES
 from server.demo.typefaces import Font
 
 Color = tuple[int, int, int]
@@ -41,12 +42,33 @@ class Glyph:
     y: float
 
 
+@dataclass(frozen=True)
+class Word:
+    """A word of the lexicon, by its place in it and in any case, and the pixel at its middle."""
+
+    place: int
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A coloured shape, by the number of its kind and colour, and the pixel at its middle."""
+
+    place: int
+    x: float
+    y: float
+
+
 @dataclass
 class Canvas:
-    """An RGB picture and the letters on it."""
+    """An RGB picture and what is on it. `smallest` is the height of its smallest capitals, in pixels."""
 
     image: Image.Image
     glyphs: list[Glyph] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    smallest: float = float("inf")
 
     def __post_init__(self) -> None:
         self.draw = ImageDraw.Draw(self.image)
@@ -55,11 +77,29 @@ class Canvas:
         """Draw one line of text that begins at x, and whose capitals have their tops at y."""
         capital = -font.getbbox("H", anchor="ls")[1]
         self.draw.text((x, y + capital), text, font=font, fill=fill, anchor="ls")
-        for character in text:
-            advance = _advance(font, character)
-            if character != " ":
-                self.glyphs.append(Glyph(character, x + advance / 2, y + capital / 2))
-            x += advance
+        self.smallest = min(self.smallest, capital)
+        middle = y + capital / 2
+        for word in text.split(" "):
+            begin = x
+            for character in word:
+                advance = _advance(font, character)
+                self.glyphs.append(Glyph(character, x + advance / 2, middle))
+                x += advance
+            place = PLACES.get(word.lower())
+            if place is not None:
+                self.words.append(Word(place, (begin + x) / 2, middle))
+            x += _advance(font, " ")
+
+    def resized(self, width: int, height: int) -> Canvas:
+        """The same in another size, stretched where the ratio is another."""
+        across, down = width / self.image.width, height / self.image.height
+        return Canvas(
+            self.image.resize((width, height), Image.Resampling.BILINEAR),
+            glyphs=[Glyph(glyph.character, glyph.x * across, glyph.y * down) for glyph in self.glyphs],
+            words=[Word(word.place, word.x * across, word.y * down) for word in self.words],
+            marks=[Mark(mark.place, mark.x * across, mark.y * down) for mark in self.marks],
+            smallest=self.smallest * down,
+        )
 
 
 @functools.lru_cache(maxsize=1 << 17)

@@ -1,7 +1,7 @@
-"""Write Idefics2 checkpoints with random weights: the bundled demo model, test models, and shapes to measure with.
+"""Write Idefics2 checkpoints: the bundled demo model, and random weights for tests and for shapes to measure with.
 
 The files are laid out as the published ones are, from the same tokenizer, chat template and processor values, so that
-anything that reads an Idefics2 checkpoint reads these. What such a model says is noise, but noise that depends on
+anything that reads an Idefics2 checkpoint reads these. What random weights say is noise, but noise that depends on
 every pixel and word.
 """
 
@@ -23,16 +23,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from server.errors import CheckpointError
+from server.inputs.tokenizer import END_OF_UTTERANCE, FAKE_TOKEN, IMAGE_TOKEN
 from server.model.config import load_model_config
 from server.model.weight_map import LM_HEAD, TEXT_PREFIX, checkpoint_shapes, weight_spread
 
-DEMO_SIZE = "tiny"
-DEMO_VERSION = "demo-v1"  # to be raised when what is written changes: an older folder is left alone
+BUNDLED = Path(__file__).with_name("model")  # the weights that were trained, and what is said of them
+BUNDLED_SIZE = "demo"
+BUNDLED_DTYPE = torch.bfloat16
+DEMO_VERSION = "demo-v2"  # to be raised when what is written beside the weights changes
 MAX_SHARD_BYTES = 4 << 30
 
 VOCAB_SIZE = 32003
 BOUNDARY_TOKEN_ID, IMAGE_TOKEN_ID, END_OF_UTTERANCE_ID = 32000, 32001, 32002
 BOS_ID, EOS_ID, PAD_ID = 1, 2, 0
+PROCESSOR_CLASS = "Idefics2Processor"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() }}"
@@ -90,7 +94,7 @@ class ModelSize:
 SIZES: Mapping[str, ModelSize] = {
     # Half of its parameters are the embedding of 32,003 tokens.
     "demo": ModelSize(
-        TextSize(192, 4, 6, 2, 32, 512),
+        TextSize(192, 5, 6, 2, 32, 512),
         VisionSize(192, 5, 6, 768, image=224),
         ResamplerSize(6, 2, 32, depth=3),
         tied=True,
@@ -106,13 +110,28 @@ SIZES: Mapping[str, ModelSize] = {
 
 
 def default_demo_folder() -> Path:
-    """Where the demo model lives: $XDG_CACHE_HOME, or ~/.cache, then idefics2-server."""
+    """Where the bundled model lives once it is written; one of other weights or sizes would live elsewhere.
+
+    Raises CheckpointError when the weights cannot be read.
+    """
+    weights = BUNDLED / "model.safetensors"
+    try:
+        with weights.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256")
+    except OSError as error:
+        raise CheckpointError(f"{weights}: the demo model's weights cannot be read: {error.strerror}") from None
+    digest.update(repr(SIZES[BUNDLED_SIZE]).encode())
+    return _cache_folder() / f"{DEMO_VERSION}-{digest.hexdigest()[:12]}"
+
+
+def _cache_folder() -> Path:
+    """$XDG_CACHE_HOME, or ~/.cache, then idefics2-server."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "idefics2-server" / DEMO_VERSION
+    return Path(cache) / "idefics2-server"
 
 
 def ensure_demo() -> Path:
-    """The demo model's folder, written first if there is none. It appears whole or not at all.
+    """The bundled model's folder, written first if there is none. It appears whole or not at all.
 
     Raises CheckpointError when it cannot be written.
     """
@@ -124,7 +143,7 @@ def ensure_demo() -> Path:
         # Beside its destination, because a rename is atomic only within a file system.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             written = Path(scratch) / "model"
-            write_checkpoint(written, DEMO_SIZE)
+            _write_bundled(written)
             try:
                 written.rename(folder)
             except OSError:
@@ -133,6 +152,14 @@ def ensure_demo() -> Path:
     except OSError as error:
         raise CheckpointError(f"{folder}: the demo model cannot be written: {error.strerror or error}") from None
     return folder
+
+
+def _write_bundled(out: Path) -> None:
+    out.mkdir()
+    _write_configs(out, SIZES[BUNDLED_SIZE], BUNDLED_DTYPE)
+    _write_processor(out, SIZES[BUNDLED_SIZE])
+    for file in BUNDLED.iterdir():
+        shutil.copyfile(file, out / file.name)
 
 
 def with_processor(folder: Path) -> Path:
@@ -144,7 +171,7 @@ def with_processor(folder: Path) -> Path:
         return folder
     configs = [file for file in sorted(folder.glob("*.json")) if not file.name.endswith(".index.json")]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in configs)).hexdigest()[:16]
-    completed = default_demo_folder().parent / f"config-{digest}"
+    completed = _cache_folder() / f"config-{digest}"
     try:
         completed.mkdir(parents=True, exist_ok=True)
         _write_processor(completed, SIZES["8b"])
@@ -243,31 +270,46 @@ def _write_configs(out: Path, size: ModelSize, dtype: torch.dtype) -> None:
 
 
 def _write_processor(out: Path, size: ModelSize) -> None:
-    """Tokenizer, image processor and chat template, through transformers' own classes."""
+    """Tokenizer, image processor and chat template, as transformers' Idefics2Processor saves them.
+
+    Without that class: to import it takes several times as long as all that is written here.
+    """
     import mistral_common
-    from transformers import Idefics2ImageProcessorPil, Idefics2Processor, LlamaTokenizer
+    from transformers import LlamaTokenizer
 
     shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", out / "tokenizer.model")
     tokenizer = LlamaTokenizer.from_pretrained(out, legacy=True, add_bos_token=True)
-    image_processor = Idefics2ImageProcessorPil(
-        size={"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_image_splitting=True,
-    )
-    processor = Idefics2Processor(image_processor, tokenizer, image_seq_len=64, chat_template=CHAT_TEMPLATE)
-    processor.save_pretrained(out)
-    _restore_legacy(out)
+    for added in ([FAKE_TOKEN, IMAGE_TOKEN], [END_OF_UTTERANCE]):
+        tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.save_pretrained(out)
+    _complete_tokenizer(out, processor_class=PROCESSOR_CLASS)
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    image_processor = {
+        "do_convert_rgb": True,
+        "do_image_splitting": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5] * 3,
+        "image_processor_type": "Idefics2ImageProcessor",
+        "image_std": [0.5] * 3,
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": size.longest_edge, "shortest_edge": size.shortest_edge},
+    }
+    processor = {"image_processor": image_processor, "image_seq_len": 64, "processor_class": PROCESSOR_CLASS}
+    _write_json(out / "processor_config.json", processor)
 
 
-def _restore_legacy(folder: Path) -> None:
-    """Put back the flags of Mistral's own tokenizer_config.json that `save_pretrained` leaves out.
+def _complete_tokenizer(folder: Path, **entries: str) -> None:
+    """Put `entries` into tokenizer_config.json, and the flags of Mistral's own that `save_pretrained` leaves out.
 
     Without `legacy` a reader tokenizes text after special tokens in another way.
     """
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, config | {"legacy": True, "add_bos_token": True, "add_eos_token": False})
+    _write_json(path, config | entries | {"legacy": True, "add_bos_token": True, "add_eos_token": False})
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], count: int) -> list[dict[str, tuple[int, ...]]]:
@@ -334,7 +376,7 @@ def _write_backbone(source: Path, groups: Mapping[str, Iterable[str]], out: Path
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.chat_template = TEXT_CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
-    _restore_legacy(out)
+    _complete_tokenizer(out)
     parts = [(file, backbone) for file, names in groups.items() if (backbone := _backbone_names(names))]
     renamed: dict[str, list[str]] = {}
     total = 0

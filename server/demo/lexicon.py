@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
+PLACES: Mapping[str, int] = {word: index for index, word in enumerate(WORDS)}
 
 
 def number(chance: random.Random, max_digits: int = 4) -> str:

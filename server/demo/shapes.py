@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.demo.canvas import COLORS, Canvas, Color
+from server.demo.canvas import COLORS, Canvas, Color, Mark
 
 KINDS = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 MAX_FIGURES = 6
+LOOKS = {(kind, color): index for index, (kind, color) in enumerate(itertools.product(KINDS, COLORS))}
 # Pairs that look alike once each has been varied a little.
 _ALIKE = {frozenset(pair) for pair in (("white", "gray"), ("black", "brown"), ("red", "brown"), ("red", "orange"))}
 
@@ -65,6 +67,7 @@ def draw_figure(canvas: Canvas, figure: Figure, fill: Color) -> None:
     small = mask.resize((size, size), Image.Resampling.BOX)
     corner = (round(figure.x - size / 2), round(figure.y - size / 2))
     canvas.image.paste(Image.new("RGB", (size, size), fill), corner, small)
+    canvas.marks.append(Mark(LOOKS[figure.kind, figure.color], figure.x, figure.y))
 
 
 def _outline(kind: str) -> Sequence[tuple[float, float]]:

@@ -70,7 +70,7 @@ def _root(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=4096)
 def load_font(name: str, size: int) -> Font:
     """The typeface `name` at `size` pixels an em."""
     return ImageFont.truetype(io.BytesIO(_content(name)), size)
