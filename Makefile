@@ -30,7 +30,7 @@ serve: $(VENV)/.installed
 
 # Two workers, each with its own servers and the tests of whole files; more would need more memory than cores.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)

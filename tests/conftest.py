@@ -10,9 +10,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may need a network
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: at the end one process would work on them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in float32. To be read only."""
+    """A small model of random weights, in float32. To be read only."""
     from server.demo.checkpoint import write_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny")

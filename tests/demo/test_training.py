@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -71,7 +72,19 @@ def draw(folder: Path, config: ModelConfig) -> Draw:
 
 @pytest.fixture(scope="module")
 def batches(draw: Draw) -> list[Batch]:
-    return [draw(first_step(ALL) + part) for part in range(2)]
+    """Two of small pictures, so that a step takes a second."""
+    drawn = (draw(step) for step in itertools.count(first_step(ALL)))
+    return list(itertools.islice((batch for batch in drawn if num_pixels(batch) < 4 * 140**2), 2))
+
+
+@pytest.fixture(scope="module")
+def split(draw: Draw) -> Batch:
+    """One of pictures that were split into tiles of two sizes."""
+    return next(batch for step in itertools.count(first_step(ALL)) if len((batch := draw(step)).groups) == 2)
+
+
+def num_pixels(batch: Batch) -> int:
+    return sum(group.tiles[..., 0].numel() for group in batch.groups)
 
 
 @pytest.fixture(scope="module")
@@ -187,19 +200,22 @@ def test_every_answer_is_in_its_vocabulary_and_others_change(batches: list[Batch
         assert tokens != set(vocabulary.at(1, batch).tolist())
 
 
-def test_the_same_step_is_drawn_the_same(draw: Draw, batches: list[Batch]) -> None:
-    again = draw(first_step(ALL))
-    assert torch.equal(again.token_ids, batches[0].token_ids)
-    assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(again.groups, batches[0].groups, strict=True))
+def test_the_same_step_is_drawn_the_same(draw: Draw) -> None:
+    first, again, other = (draw(first_step(ALL) + step) for step in (0, 0, 1))
+    assert torch.equal(again.token_ids, first.token_ids)
+    assert all(torch.equal(a.tiles, b.tiles) for a, b in zip(again.groups, first.groups, strict=True))
+    assert not torch.equal(other.token_ids, first.token_ids)
 
 
-def test_answers_follow_the_places_that_ask_for_them(batches: list[Batch]) -> None:
-    for batch in batches:
+def test_answers_follow_the_places_that_ask_for_them(batches: list[Batch], split: Batch) -> None:
+    for batch in [*batches, split]:
         assert torch.equal(batch.token_ids.flatten()[batch.asked + 1], batch.answers)
 
 
-def test_pictures_come_back_from_a_drawer_as_they_were_drawn(tmp_path: Path, batches: list[Batch]) -> None:
-    for number, batch in enumerate(batches):
+def test_pictures_come_back_from_a_drawer_as_they_were_drawn(
+    tmp_path: Path, batches: list[Batch], split: Batch
+) -> None:
+    for number, batch in enumerate([*batches, split]):
         path = _packed(batch, tmp_path / str(number))
         found = _unpacked(path)
         assert not path.exists()
@@ -231,11 +247,10 @@ def test_each_picture_is_read_as_often_as_planned(draw: Draw) -> None:
 def test_what_others_learnt_from_is_not_read_again(draw: Draw) -> None:
     plan = dataclasses.replace(PLAN, readings=1_000_000)
     last = first_step(READING) - 1
-    shelf = Shelf(lambda: [draw(step)], plan, first=last, device=CPU)
-    step = last
+    steps = iter((last, last + 1))
+    shelf = Shelf(lambda: [draw(next(steps))], plan, first=last, device=CPU)
     assert shelf.at(last)[0].learners == "eyes"
-    step = last + 1
-    assert shelf.at(step)[0].learners == "reader"
+    assert shelf.at(last + 1)[0].learners == "reader"
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing_at_the_end() -> None:
