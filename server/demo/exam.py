@@ -158,6 +158,7 @@ def examine_folder(folder: Path, *, count: int, seed: int, show: Callable[[str],
     settings = {
         "model": str(folder),
         "dtype": "float32",
+        "num_threads": 1,  # two wait for each other more than they compute, and on a busy machine for everybody
         "max_model_len": 4096,
         "max_num_seqs": IN_FLIGHT,
         "max_num_batched_tokens": 2048,
