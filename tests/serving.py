@@ -76,19 +76,22 @@ def clean_environment(**changes: str) -> dict[str, str]:
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """The tiny demo model, written by the server's interpreter, which may be another than this one."""
+    """A small model of random weights, written by the server's interpreter, which may be another than this one."""
     arguments = command("make-demo", str(folder), "--size", "tiny")
     subprocess.run(arguments, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.DEVNULL, timeout=300)
     return folder
 
 
 @contextmanager
-def running_server(folder: Path, log: Path, *args: str, module: str = "server", **environment: str) -> Iterator[Server]:
-    """Start `serve FOLDER ARGS` and wait until it is ready; end it by its own process id."""
+def running_server(
+    folder: Path | None, log: Path, *args: str, module: str = "server", **environment: str
+) -> Iterator[Server]:
+    """Start `serve FOLDER ARGS` and wait until it is ready; end it by its own process id. None: the bundled model."""
     port = free_port()
+    model = [] if folder is None else [str(folder)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command("serve", str(folder), "--port", str(port), *args, module=module),
+            command("serve", *model, "--port", str(port), *args, module=module),
             cwd=ROOT,
             env=clean_environment(**environment),
             stdout=output,

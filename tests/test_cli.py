@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import server.demo.checkpoint
+import server.demo.exam
 import server.launch
 from server import cli
 from server.config import ENV_PREFIX, ServerConfig
@@ -191,6 +192,25 @@ def test_make_demo_writes_where_it_is_told(
     assert cli.main(["make-demo", str(out), "--size", "8b", "--seed", "3", "--text-only", str(text)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert calls == [(out, "8b", 3, "float32", text)]
+
+
+def test_without_a_folder_the_bundled_model_is_examined(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked: list[tuple[Path, int, int]] = []
+
+    def examine(folder: Path, *, count: int, seed: int, show: Callable[[str], None]) -> dict[str, float]:
+        asked.append((folder, count, seed))
+        show("a wrong answer")
+        return {"numbers": 0.975, "words": 1.0}
+
+    monkeypatch.setattr(server.demo.exam, "examine_folder", examine)
+    monkeypatch.setattr(server.demo.checkpoint, "ensure_demo", lambda: tmp_path / "bundled")
+    assert cli.main(["make-demo", "--examine", "40"]) == 0
+    table = "| 40 pictures each, seed 0 | right |\n| --- | --- |\n| numbers | 97.5% |\n| words | 100.0% |\n"
+    assert capsys.readouterr() == (table, "a wrong answer\n")
+    assert cli.main(["make-demo", str(tmp_path), "--examine", "1", "--seed", "2"]) == 0
+    assert asked == [(tmp_path / "bundled", 40, 0), (tmp_path, 1, 2)]
 
 
 def test_a_demo_of_unknown_size_is_refused(tmp_path: Path) -> None:

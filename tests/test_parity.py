@@ -146,11 +146,11 @@ class Reference:
 
 
 async def prepare(
-    processor: InputProcessor, conversations: list[Conversation], max_model_len: int
+    processor: InputProcessor, conversations: list[Conversation], max_model_len: int, *, max_tokens: int = NEW_TOKENS
 ) -> list[EngineRequest]:
     await processor.start()
     try:
-        sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         return [
             await processor.process(
                 ChatInput(request_id=f"c{i}", turns=conversation.turns, sampling=sampling), max_model_len=max_model_len

@@ -15,18 +15,14 @@ from server.errors import CheckpointError
 from server.model.config import load_model_config
 from server.model.weight_map import checkpoint_shapes, weight_spread
 
+FILES = {
+    *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+}
+
 
 def test_files_are_those_of_a_published_checkpoint(tiny_checkpoint: Path) -> None:
-    assert {path.name for path in tiny_checkpoint.iterdir()} == {
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-    }
+    assert {path.name for path in tiny_checkpoint.iterdir()} == FILES
     assert len({path.stat().st_mode for path in tiny_checkpoint.iterdir()}) == 1
 
 
@@ -60,6 +56,33 @@ def test_transformers_reads_tokenizer_template_and_processor(tiny_checkpoint: Pa
     assert token_ids == [1, 264, 32002, 28705, 13]  # 28705 is what `legacy` adds after a special token
     assert processor.tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<image>"]) == [32000, 32001]
     assert processor.image_processor.do_image_splitting
+
+
+def test_processor_is_what_transformers_own_class_saves(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import Idefics2ImageProcessorPil, Idefics2Processor, LlamaTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes((tiny_checkpoint / "tokenizer.model").read_bytes())
+    Idefics2Processor(
+        Idefics2ImageProcessorPil(
+            size={"shortest_edge": 378, "longest_edge": 980},
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            do_image_splitting=True,
+        ),
+        LlamaTokenizer.from_pretrained(tmp_path, legacy=True, add_bos_token=True),
+        image_seq_len=64,
+        chat_template=checkpoint.CHAT_TEMPLATE,
+    ).save_pretrained(tmp_path)
+    checkpoint._complete_tokenizer(tmp_path)
+    for theirs in tmp_path.iterdir():
+        ours = tiny_checkpoint / theirs.name
+        if theirs.suffix == ".json":
+            assert json.loads(ours.read_bytes()) == json.loads(theirs.read_bytes()), theirs.name
+        else:
+            assert ours.read_bytes() == theirs.read_bytes(), theirs.name
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
 
 
 def test_writing_and_reading_is_quiet_and_quick(
@@ -118,44 +141,64 @@ def test_8b_has_the_published_shape(tmp_path: Path) -> None:
     assert [name for group in groups for name in group] == list(shapes)
 
 
-def test_demo_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_demo_folder_follows_xdg_and_what_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_demo_folder() == tmp_path / "idefics2-server" / "demo-v1"
+    folder = default_demo_folder()
+    assert folder.parent == tmp_path / "idefics2-server"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_demo_folder() == tmp_path / "home" / ".cache" / "idefics2-server" / "demo-v1"
+    assert default_demo_folder() == tmp_path / "home" / ".cache" / "idefics2-server" / folder.name
+    monkeypatch.setattr(checkpoint, "BUNDLED_SIZE", "tiny")
+    assert default_demo_folder().name != folder.name
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"an update's")
+    assert default_demo_folder().name != folder.name
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="the demo model's weights cannot be read: No such file"):
+        ensure_demo()
+
+
+def test_bundled_weights_are_small() -> None:
+    """A clone of the repository brings them along."""
+    weights = checkpoint.BUNDLED / "model.safetensors"
+    assert weights.stat().st_size <= 25_000_000
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.bfloat16}
 
 
 def test_demo_is_written_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = ensure_demo()
-    assert load_model_config(folder).text.hidden_size == 128
-    assert [path.name for path in folder.parent.iterdir()] == ["demo-v1"]
-    monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *_: pytest.fail("written again"))
+    bundled = list(checkpoint.BUNDLED.iterdir())
+    assert {path.name for path in folder.iterdir()} == FILES | {path.name for path in bundled}
+    assert all((folder / path.name).read_bytes() == path.read_bytes() for path in bundled)
+    assert load_model_config(folder).text.hidden_size == SIZES["demo"].text.hidden
+    assert list(folder.parent.iterdir()) == [folder]
+    monkeypatch.setattr(checkpoint, "_write_bundled", lambda out: pytest.fail("written again"))
     assert ensure_demo() == folder
 
 
 def test_demo_of_a_faster_process_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def write_both(out: Path, size: str) -> None:
+    def write_both(out: Path) -> None:
         for folder, content in ((out, "ours"), (default_demo_folder(), "theirs")):
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(content)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", write_both)
+    monkeypatch.setattr(checkpoint, "_write_bundled", write_both)
     assert (ensure_demo() / "config.json").read_text() == "theirs"
-    assert [path.name for path in default_demo_folder().parent.iterdir()] == ["demo-v1"]
+    assert list(default_demo_folder().parent.iterdir()) == [default_demo_folder()]
 
 
 def test_broken_write_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def fail(out: Path, size: str) -> None:
+    def fail(out: Path) -> None:
         out.mkdir()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", fail)
+    monkeypatch.setattr(checkpoint, "_write_bundled", fail)
     with pytest.raises(CheckpointError, match="the demo model cannot be written: No space left on device"):
         ensure_demo()
     assert not list(default_demo_folder().parent.iterdir())
