@@ -1,4 +1,7 @@
-/** Pictures to begin with: samples/index.json lists { file, alt, questions }, in the order in which they are shown. */
+/**
+ * Pictures to begin with: samples/index.json lists { file, alt, questions }, in the order in which they are shown. It
+ * tells the answers too, for tests.
+ */
 
 import { byId, clone } from "./dom.js";
 import { fromFile } from "./pictures.js";

@@ -276,7 +276,8 @@ def test_samples_are_small_and_described() -> None:
     samples = json.loads((FOLDER / "samples" / "index.json").read_text(encoding="utf-8"))
     assert len(samples) >= 4
     for sample in samples:
-        assert set(sample) == {"file", "alt", "questions"}
+        assert set(sample) == {"file", "alt", "questions", "answers"}
+        assert len(sample["questions"]) == len(sample["answers"])
         assert sample["alt"]
         assert sample["questions"]
         assert all(question.strip() == question != "" for question in sample["questions"])

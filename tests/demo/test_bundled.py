@@ -9,6 +9,7 @@ anew.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from tests.inputs.pictures import as_data_url
 from tests.serving import ROOT, Server, running_server
 
 SEED = 11
+SAMPLES = ROOT / "server" / "web" / "samples"
 CONFIG = ROOT / "configs" / "demo.yaml"
 
 # Which of an exercise's items.
@@ -125,6 +127,20 @@ def test_a_conversation_about_a_picture(client: openai.OpenAI) -> None:
         said = whole(client, *messages)
         assert said == question.answer
         messages.append({"role": "assistant", "content": said})
+
+
+@pytest.mark.parametrize("sample", json.loads((SAMPLES / "index.json").read_text()), ids=lambda sample: sample["file"])
+def test_the_playgrounds_samples_are_answered_right(client: openai.OpenAI, sample: dict[str, Any]) -> None:
+    url = as_data_url((SAMPLES / sample["file"]).read_bytes())
+    said = [streamed(client, user(question, [url], "high")) for question in sample["questions"]]
+    assert said == sample["answers"]
+
+
+def test_small_print_takes_splitting(client: openai.OpenAI) -> None:
+    """What the caption of that sample says."""
+    (sample,) = (sample for sample in json.loads((SAMPLES / "index.json").read_text()) if sample["file"] == "page.png")
+    url = as_data_url((SAMPLES / sample["file"]).read_bytes())
+    assert whole(client, user(sample["questions"][0], [url], "low")) != sample["answers"][0]
 
 
 @pytest.mark.parametrize("question", ["What number is this?", "What does it say?", "How many shapes are there?"])
