@@ -47,7 +47,7 @@ $(PAGE_VENV)/.installed: tests/web/requirements.txt
 	@touch $@
 
 test-page: $(VENV)/.installed $(PAGE_VENV)/.installed
-	SERVER_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(PAGE_VENV)/bin/python -m pytest -m web tests/web $(ARGS)
+	SERVER_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(PAGE_VENV)/bin/python -m pytest -m web $(or $(ARGS),tests/web)
 
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -53,7 +53,7 @@ SAMPLES: Sequence[Sample] = (
         first=2,
     ),
     Sample("number", 38, (420, 260), (110, 140), "A number of three digits in yellow on purple", first=2),
-    Sample("word", 35, (440, 240), (90, 120), "A word in black on green"),
+    Sample("word", 8, (440, 240), (90, 120), "A word in red italics"),
 )
 
 
