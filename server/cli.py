@@ -188,6 +188,10 @@ def _train_demo(args: argparse.Namespace) -> int:
     from server.demo.training import train
     from server.observability.logs import configure_logging
 
+    for name in ("steps", "minutes", "drawers"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} must be more than 0, not {value}")
     configure_logging()
     if not (args.out / "config.json").exists():
         write_checkpoint(args.out, "demo", seed=args.seed, dtype="bfloat16")

@@ -271,6 +271,42 @@ def test_a_chat_starts_without_the_model_and_the_load_generator() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--steps", "0"], "--steps must be more than 0, not 0"),
+        (["--minutes", "-1"], "--minutes must be more than 0, not -1.0"),
+        (["--minutes", "nan"], "--minutes must be more than 0, not nan"),
+        (["--drawers", "0"], "--drawers must be more than 0, not 0"),
+        (["--device", "cuda"], "training on cuda: there is no such device"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    problem: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["make-demo", str(tmp_path / "out"), "--train", *flags]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_training_is_planned_for_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr("server.demo.training.train", lambda folder, plan, **options: planned.append((plan, options)))
+    out = tmp_path / "out"
+    for flags in ([], ["--device", "cuda", "--steps", "50", "--drawers", "3", "--minutes", "2"]):
+        assert cli.main(["make-demo", str(out), "--train", "--seed", "4", *flags]) == 0
+    (small, usual), (large, told) = planned
+    assert (small.pictures, small.seed, large.steps, large.seed) == (64, 4, 50, 4)
+    # About as many pictures on either.
+    assert 0.5 < (small.steps * small.pictures) / (8_000 * large.pictures) < 2
+    assert usual == {"keep": out.with_name("out-training"), "device": "cpu", "num_drawers": 1, "minutes": float("inf")}
+    assert told == {"keep": out.with_name("out-training"), "device": "cuda", "num_drawers": 3, "minutes": 2.0}
+
+
 def test_training_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["make-demo", "--train"]) == 2
     assert "--train needs a folder to write" in capsys.readouterr().err

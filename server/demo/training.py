@@ -69,8 +69,10 @@ def train(
     """Train the checkpoint in `folder`, whose weights are replaced at the end, keeping a state to resume in `keep`.
 
     After `minutes` it is over, with the decay begun in time. Returns the plan as it was carried out. Raises
-    ConfigError when what is kept there belongs to another plan.
+    ConfigError when what is kept there belongs to another plan, or there is no such device.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training on cuda: there is no such device")
     began = time.monotonic()
     config = load_model_config(folder)
     chosen = torch.device(device)
