@@ -20,6 +20,8 @@ import pytest
 from tests.engines import noise_image, png
 from tests.serving import ROOT, SMALL, Server, checked_server, clean_environment, command, running_server
 
+pytestmark = pytest.mark.slow
+
 
 def data_url(width: int, height: int, seed: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(png(noise_image(width, height, seed))).decode()}"

@@ -18,6 +18,8 @@ import pytest
 
 from tests.serving import Server, running_server
 
+pytestmark = pytest.mark.slow
+
 NUM_PROMPTS = 1000
 IN_FLIGHT = 48
 SMALL = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "32", "--kv-cache-memory-gb", "0.1")

@@ -19,6 +19,8 @@ import pytest
 from tests.grammar.schemas import generate_schemas
 from tests.serving import Server, running_server
 
+pytestmark = pytest.mark.slow
+
 NUM_SCHEMAS = 500
 IN_FLIGHT = 24
 MAX_TOKENS = 600

@@ -19,6 +19,8 @@ from tests.campaigns.hostile_bodies import CHAT, COMPLETIONS, DETOKENIZE, RESPON
 from tests.campaigns.hostile_requests import Generator, Hostile
 from tests.campaigns.wire import Answer
 
+pytestmark = pytest.mark.slow
+
 COUNT = 20_000
 
 

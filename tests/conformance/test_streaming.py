@@ -433,12 +433,12 @@ def patient_ask(api: Api) -> list[str]:
 
 def test_case_55_sigterm(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """What runs may finish, what is new is sent away, what takes too long is told so, and the process ends well."""
-    flags = (*SETTINGS, "--max-num-seqs", str(SLOTS), "--shutdown-timeout", "2")
+    flags = (*SETTINGS, "--max-num-seqs", str(SLOTS), "--shutdown-timeout", "4")
     with running_server(tiny_checkpoint, tmp_path / "log", *flags) as server, ThreadPoolExecutor(4) as pool:
         api = Api(server)
-        whole = api.chat("Short", max_tokens=100, ignore_eos=True).text
+        whole = api.chat("Short", max_tokens=60, ignore_eos=True).text
         too_long = [pool.submit(api.open, f"Long {index}", **ENDLESS) for index in range(2)]
-        in_time = pool.submit(api.stream, "Short", max_tokens=100, ignore_eos=True)
+        in_time = pool.submit(api.stream, "Short", max_tokens=60, ignore_eos=True)
         until(lambda: api.metric("num_requests_running") == 3)
         server.process.terminate()
         check_draining(api)
