@@ -289,12 +289,14 @@ def test_a_training_that_cannot_be_is_refused(
     problem: str,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("server.observability.logs.configure_logging", lambda: None)  # it is the whole process's
     assert cli.main(["make-demo", str(tmp_path / "out"), "--train", *flags]) == 2
     assert problem in capsys.readouterr().err
 
 
 def test_training_is_planned_for_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
+    monkeypatch.setattr("server.observability.logs.configure_logging", lambda: None)
     monkeypatch.setattr("server.demo.training.train", lambda folder, plan, **options: planned.append((plan, options)))
     out = tmp_path / "out"
     for flags in ([], ["--device", "cuda", "--steps", "50", "--drawers", "3", "--minutes", "2"]):
