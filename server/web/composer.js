@@ -7,6 +7,7 @@ const THUMBNAIL = 56;
 
 export class Composer {
   #pictures = [];
+  #questions = []; // suggested ones
   #isBusy = false;
   #send;
   #stop;
@@ -51,6 +52,7 @@ export class Composer {
     this.#isBusy = isBusy;
     byId("send").textContent = isBusy ? "Stop" : "Send";
     byId("send").classList.toggle("strong", !isBusy);
+    for (const chip of byId("suggestions").children) chip.disabled = isBusy;
   }
 
   #listenToForm() {
@@ -72,7 +74,10 @@ export class Composer {
   #submit() {
     const text = byId("text").value.trim();
     if (text === "" && this.#pictures.length === 0) return this.focus();
-    if (this.#send({ text, pictures: this.#pictures })) this.clear();
+    if (!this.#send({ text, pictures: this.#pictures })) return;
+    const others = this.#questions.filter((question) => question !== text);
+    this.clear();
+    this.#suggest(others); // what follows may be about the same picture
   }
 
   #listenToPictures() {
@@ -181,13 +186,14 @@ export class Composer {
   }
 
   #suggest(questions) {
+    this.#questions = questions;
     const chips = questions.map((question) => {
       const chip = document.createElement("button");
       chip.type = "button";
       chip.className = "chip";
       chip.textContent = question;
+      chip.disabled = this.#isBusy;
       chip.onclick = () => {
-        if (this.#isBusy) return;
         byId("text").value = question;
         this.#submit();
       };

@@ -1,6 +1,6 @@
 /**
- * Pictures to begin with: samples/index.json lists { file, alt, questions }, in the order in which they are shown. It
- * tells the answers too, for tests.
+ * Pictures to begin with: samples/index.json lists { file, title, alt, questions }, in the order in which they are
+ * shown. It tells the answers too, for tests.
  */
 
 import { byId, clone } from "./dom.js";
@@ -13,11 +13,12 @@ export async function setUpSamples(choose) {
   byId("samples").replaceChildren(...samples.map((sample) => card(sample, choose)));
 }
 
-function card({ file, alt, questions }, choose) {
+function card({ file, title, alt, questions }, choose) {
   const element = clone("sample-template");
   const source = new URL(`samples/${file}`, import.meta.url).href;
   element.querySelector("img").src = source;
   element.querySelector("img").alt = alt;
+  element.querySelector(".title").textContent = title;
   element.querySelector("button").onclick = async () => {
     const content = await (await fetch(source)).blob();
     choose({ ...(await fromFile(content, file)), alt }, questions);

@@ -79,7 +79,7 @@ function curl(body, hasFiles, url, hasKey) {
   const syntax = {
     constants: { true: "true", false: "false", null: "null" },
     string: hasFiles ? (text) => withinExpansion(JSON.stringify(text)) : JSON.stringify,
-    file: ({ name, kind }) => `"data:${kind};base64,$(base64 -w0 ${shellWord(name)})"`,
+    file: ({ name, kind }) => `"data:${kind};base64,$(base64 < ${shellWord(name)} | tr -d '\\n')"`, // -w0 is GNU's alone
   };
   return `${lines.join(" \\\n  ")}\n${written(body, syntax)}\nEOF\n`;
 }

@@ -276,8 +276,9 @@ def test_samples_are_small_and_described() -> None:
     samples = json.loads((FOLDER / "samples" / "index.json").read_text(encoding="utf-8"))
     assert len(samples) >= 4
     for sample in samples:
-        assert set(sample) == {"file", "alt", "questions", "answers"}
+        assert set(sample) == {"file", "title", "alt", "questions", "answers"}
         assert len(sample["questions"]) == len(sample["answers"])
+        assert sample["title"]
         assert sample["alt"]
         assert sample["questions"]
         assert all(question.strip() == question != "" for question in sample["questions"])
@@ -285,6 +286,7 @@ def test_samples_are_small_and_described() -> None:
         assert file.stat().st_size < 64 << 10
         with Image.open(file) as picture:
             picture.load()
+            assert picture.width * 2 == picture.height * 3  # else its card would show a part of it
 
 
 def test_the_page_is_small() -> None:

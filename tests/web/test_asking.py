@@ -137,6 +137,44 @@ def test_a_sample_with_its_question(page: Playground, shoot: Any) -> None:
     assert "of pictures" in page.figures(page.answers.last)
 
 
+def test_suggested_questions_stay_until_they_are_asked(page: Playground, picture: Path) -> None:
+    page.set(Max_tokens=3)
+    suggestions = page.page.get_by_role("group", name="Suggested questions").get_by_role("button")
+    page.page.locator("#samples button").first.click()
+    expect(page.attachments).to_have_count(1)
+    others = suggestions.all_inner_texts()
+    while others:
+        suggestions.first.click()
+        del others[0]
+        expect(suggestions).to_have_text(others)
+        expect(page.text).to_be_focused()
+        page.wait()
+    expect(page.questions.locator("img")).to_have_count(1)
+
+    # They are about that picture: with another one, or in a new conversation, they are gone.
+    for leave in (lambda: page.pick(picture), page.button("New conversation").click):
+        page.button("New conversation").click()
+        page.page.locator("#samples button").first.click()
+        suggestions.first.click()
+        page.wait()
+        expect(suggestions).not_to_have_count(0)
+        leave()
+        expect(suggestions).to_have_count(0)
+
+
+def test_suggested_questions_wait_for_the_answer(page: Playground) -> None:
+    page.page.route("**/v1/chat/completions", lambda route: None)
+    page.page.locator("#samples button").first.click()
+    suggestions = page.page.get_by_role("group", name="Suggested questions").get_by_role("button")
+    suggestions.first.click()
+    expect(page.button("Stop")).to_be_visible()
+    for index in range(suggestions.count()):
+        expect(suggestions.nth(index)).to_be_disabled()
+    page.button("Stop").click()
+    page.wait()
+    expect(suggestions.first).to_be_enabled()
+
+
 def test_a_conversation_of_several_turns(page: Playground, picture: Path) -> None:
     page.set(Max_tokens=6, System_message="Be brief.")
     page.pick(picture)

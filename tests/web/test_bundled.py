@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,21 @@ def page(open_page: Callable[..., Playground], bundled: Server) -> Playground:
 
 
 def test_what_readme_opens_with(open_page: Callable[..., Playground], bundled: Server, shoot: Any) -> None:
-    page = open_page(bundled.base_url, viewport={"width": 900, "height": 700})
-    page.pick(RECEIPT)
-    (question, right), *_ = answers(RECEIPT).items()
-    assert page.said(page.ask(question)) == right
+    page = open_page(bundled.base_url, viewport={"width": 900, "height": 850})
+    page.page.locator("#samples button").first.click()
+    expect(page.attachments).to_have_count(1)
+    for question, right in list(answers(RECEIPT).items())[:2]:
+        assert page.said(page.ask(question)) == right
+    page.page.mouse.move(0, 0)
     shoot(page, "readme")
+
+
+def test_the_command_in_readme_says_what_readme_says(bundled: Server) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Ask\n")[2].partition("\n## ")[0]
+    command, right = re.findall(r"```bash\n(.*?)```\n\nsays `(.*?)`", section, re.DOTALL)[0]
+    command = command.replace("http://127.0.0.1:8000", bundled.base_url)
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == right
 
 
 def test_a_dropped_picture_is_answered_right(page: Playground, shoot: Any) -> None:
@@ -72,15 +83,24 @@ def test_a_dropped_picture_is_answered_right(page: Playground, shoot: Any) -> No
 
 def test_every_sample_is_answered_right_at_a_click(page: Playground) -> None:
     listed = json.loads((SAMPLES / "index.json").read_text(encoding="utf-8"))
+    suggestions = page.page.get_by_role("group", name="Suggested questions").get_by_role("button")
     for index, sample in enumerate(listed):
         page.page.locator("#samples button").nth(index).click()
         expect(page.attachments).to_have_count(1)
-        page.page.get_by_role("group", name="Suggested questions").get_by_role("button").first.click()
-        expect(page.answers).to_have_count(1)
-        page.wait()
-        assert page.said(page.answers.last) == sample["answers"][0]
+        for asked, answer in enumerate(sample["answers"], start=1):
+            suggestions.first.click()
+            expect(page.answers).to_have_count(asked)
+            page.wait()
+            assert page.said(page.answers.last) == answer
         page.button("New conversation").click()
         expect(page.answers).to_have_count(0)
+
+
+def test_the_samples(page: Playground, shoot: Any) -> None:
+    pictures = page.page.locator("#samples img")
+    expect(pictures).to_have_count(len(json.loads((SAMPLES / "index.json").read_text(encoding="utf-8"))))
+    page.page.wait_for_function("[...document.querySelectorAll('#samples img')].every((i) => i.complete)")
+    shoot(page, "samples")
 
 
 def test_small_print_is_read_in_detail_alone(page: Playground) -> None:

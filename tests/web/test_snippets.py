@@ -80,7 +80,7 @@ def test_pictures_are_read_from_files(page: Playground, tmp_path: Path) -> None:
     said = page.said(page.ask("And the last one?"))
     curl, python = show_snippets(page, saved)
     assert len(list(saved.iterdir())) == 3
-    assert "$(base64 -w0 noise.png)" in curl
+    assert "$(base64 < noise.png | tr -d '\\n')" in curl
     assert "base64," in curl
     assert max(len(curl), len(python)) < 3000
     both_say(said, curl, python, saved)
