@@ -48,7 +48,7 @@ def page(open_page: Callable[..., Playground], bundled: Server) -> Playground:
 
 
 def test_what_readme_opens_with(open_page: Callable[..., Playground], bundled: Server, shoot: Any) -> None:
-    page = open_page(bundled.base_url, viewport={"width": 900, "height": 850})
+    page = open_page(bundled.base_url, viewport={"width": 900, "height": 890})
     page.page.locator("#samples button").first.click()
     expect(page.attachments).to_have_count(1)
     for question, right in list(answers(RECEIPT).items())[:2]:
