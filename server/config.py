@@ -40,6 +40,11 @@ class ServerConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="'auto': bfloat16, or float32 on a CPU without bfloat16 instructions."
     )
+    quantization: Literal["auto", "none", "fp16", "int8"] = Field(
+        "auto",
+        description="Weights on a CPU: 'fp16' halves what float32 reads, 'int8' (activations too) quarters it. 'auto': "
+        "as dtype says, or fp16 where dtype is 'auto' too and the CPU has no bfloat16 instructions.",
+    )
     engine_client: Literal["thread", "process"] = Field(
         "process", description="Where the engine runs: beside the API in a thread, or in a process of its own."
     )

@@ -45,8 +45,10 @@ from server.llm import AsyncLLM
 from server.model.attention.sdpa import SdpaAttention
 from server.model.config import ModelConfig, load_model_config
 from server.model.idefics2 import Idefics2Model
+from server.model.layers.packed import Packing, Quantization, choose_packing, has_narrow_weights
 from server.model.loader import load_model, resolve_model
 from server.model.mistral import MistralLayer
+from server.model.weight_map import num_parameters
 from server.observability.logs import configure_logging
 from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
@@ -95,13 +97,25 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def build_core(config: ServerConfig, folder: Path) -> EngineCore:
-    """Load the model, put an engine around it and warm it up. Runs in the engine's own thread or process."""
+def choose_quantization(config: ServerConfig, device: torch.device) -> Quantization:
+    """What was asked for; else half-width weights where nothing was, and the CPU would emulate 16-bit arithmetic."""
+    if config.quantization != "auto":
+        return config.quantization
+    emulates = device.type == "cpu" and choose_dtype("auto", device) == torch.float32
+    return "fp16" if emulates and config.dtype == "auto" and has_narrow_weights() else "none"
+
+
+def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True) -> EngineCore:
+    """Load the model, put an engine around it and warm it up. Runs in the engine's own thread or process.
+
+    Without `pack_weights` its matrices stay plain: the twin that benchmarks and tests compare with.
+    """
     started = time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    packing = choose_packing(choose_quantization(config, device), device, dtype) if pack_weights else None
     model_config = load_model_config(folder)
     default_tokens, default_tiles = DEFAULT_BUDGETS[device.type]
     max_tokens = config.max_num_batched_tokens or max(default_tokens, config.max_num_seqs)
@@ -113,6 +127,7 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
         attention=attention,
         device=device,
         dtype=dtype,
+        packing=packing,
         load_format=config.load_format,
         seed=config.seed,
         progress=True,
@@ -169,13 +184,18 @@ def build_core(config: ServerConfig, folder: Path) -> EngineCore:
         block_size=config.block_size,
         num_tile_slots=config.encoder_cache_tiles,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=_describe(dtype, packing),
+        num_parameters=num_parameters(model_config),
         load_seconds=time.perf_counter() - started,
         longest_step_seconds=longest_step_seconds,
     )
     keep_startup_objects()
     return EngineCore(Scheduler(limits), runner, info)
+
+
+def _describe(dtype: torch.dtype, packing: Packing | None) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return name if packing is None or packing.name == name else f"{name} with {packing.name} weights"
 
 
 def keep_startup_objects() -> None:
@@ -283,7 +303,8 @@ def build_llm(config: ServerConfig, keys: KeyRing = NO_KEYS, *, factory: CoreFac
     names = tuple(config.served_model_name) or (model_root,)
     metrics = ServerMetrics(names[0], compat=config.metrics_compat)
     inputs = build_inputs(config, folder, metrics)
-    described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {config.dtype} {config.load_format}"
+    numbers = f"{config.dtype} {config.quantization} {config.load_format}"
+    described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {numbers}"
     return AsyncLLM(
         admission=Admission(
             max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,

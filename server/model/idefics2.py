@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from server.model.attention.base import AttentionBackend, AttentionMetadata, LayerCache
 from server.model.config import ModelConfig, PixelNormalization
 from server.model.layers.linear import Linear
+from server.model.layers.packed import PackedWeight, Packing
 from server.model.mistral import MistralModel
 from server.model.perceiver import Connector
 from server.model.vision import VisionTower
@@ -57,7 +58,16 @@ class Idefics2Model(nn.Module):
         self.connector = Connector(config)
         self.text = MistralModel(config.text, attention)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.text.hidden_size, config.text.vocab_size)
+        self._packed_head: PackedWeight | None = None  # of the embedding, where it is the head
         self.requires_grad_(False)
+
+    def pack(self, packing: Packing) -> None:
+        """Keep every matrix as `packing` stores it, one after another. An embedding that is the head stays besides."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(packing)
+        if self.lm_head is None:
+            self._packed_head = packing.pack(self.text.embedding.weight, None)
 
     def fill_buffers(self, device: torch.device) -> None:
         """Compute every buffer that no checkpoint holds, on `device`. Needed after the parameters have moved."""
@@ -92,5 +102,10 @@ class Idefics2Model(nn.Module):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [B, hidden] → float32 logits [B, vocab_size]."""
-        logits = F.linear(hidden, self.text.embedding.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.lm_head is not None:
+            logits: Tensor = self.lm_head(hidden)
+        elif self._packed_head is not None:
+            logits = self._packed_head(hidden)
+        else:
+            logits = F.linear(hidden, self.text.embedding.weight)
         return logits.float()

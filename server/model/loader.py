@@ -25,7 +25,8 @@ from server.errors import CheckpointError
 from server.model.attention.base import AttentionBackend
 from server.model.config import ModelConfig
 from server.model.idefics2 import Idefics2Model
-from server.model.layers.linear import FusedLinear
+from server.model.layers.linear import FusedLinear, Linear
+from server.model.layers.packed import Packing
 from server.model.weight_map import EMBEDDING, LM_HEAD, WeightTarget, weight_spread, weight_targets
 
 SINGLE_FILE = "model.safetensors"
@@ -87,11 +88,12 @@ def load_model(
     attention: AttentionBackend,
     device: torch.device,
     dtype: torch.dtype,
+    packing: Packing | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,
     progress: bool = False,
 ) -> Idefics2Model:
-    """Build the model of `config` on `device` in `dtype` and fill it.
+    """Build the model of `config` on `device` in `dtype`, fill it, and pack its matrices if a `packing` is given.
 
     "auto" reads the folder's safetensors files, of whatever float type; "dummy" reads nothing and draws random weights
     from `seed`. `progress` shows a bar of bytes on stderr. Raises CheckpointError when a file is missing or damaged, or
@@ -103,23 +105,26 @@ def load_model(
         _check_complete(folder, stored, targets, tied=config.tie_word_embeddings)
     with torch.device("meta"):
         model = Idefics2Model(config, attention)
-    _allocate(model, device, dtype)
+    _allocate(model, device, dtype, matrix_dtype=dtype if packing is None else packing.matrix_dtype)
     model.fill_buffers(device)
     if load_format == "dummy":
         _fill_random(model, targets, seed=seed)
     else:
         _copy_weights(model, stored, targets, progress=progress)
+    if packing is not None:
+        model.pack(packing)
     return model.eval()
 
 
-def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype, *, matrix_dtype: torch.dtype) -> None:
     """Give every parameter of a model that was built on the meta device memory, as it finds it.
 
     `to_empty` would do it too, and first import torch's symbolic algebra: a fifth of the demo model's loading.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+            is_matrix = isinstance(module, Linear) and name == "weight"
+            empty = torch.empty(parameter.shape, dtype=matrix_dtype if is_matrix else dtype, device=device)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
 

@@ -6,6 +6,7 @@ The published layout, the same in transformers 4 and 5: `model.vision_model.…`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ def weight_targets(config: ModelConfig) -> dict[str, WeightTarget]:
 def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint, in a fixed order."""
     return {name: target.shape for name, target in weight_targets(config).items()}
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """How many numbers a checkpoint of this config holds."""
+    return sum(math.prod(shape) for shape in checkpoint_shapes(config).values())
 
 
 def weight_spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -126,9 +126,15 @@ def _finite(rows: Tensor) -> Tensor:
 
 
 def _gather(cache: LayerCache, tables: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, length, kv_heads, head_dim] of the first `length` positions of each block table."""
-    block_size = cache.key.shape[1]
-    blocks = tables[:, : -(-length // block_size)]
-    keys = cache.key[blocks].flatten(1, 2)
-    values = cache.value[blocks].flatten(1, 2)
+    """Keys and values [B, length, kv_heads, head_dim] of the first `length` positions of each block table.
+
+    Selected by one flat list of blocks, which are then copied whole: indexing with the table itself goes number by
+    number and takes twice as long.
+    """
+    _, block_size, kv_heads, head_dim = cache.key.shape
+    num_blocks = -(-length // block_size)
+    blocks = tables[:, :num_blocks].flatten()
+    shape = (len(tables), num_blocks * block_size, kv_heads, head_dim)
+    keys = cache.key.index_select(0, blocks).view(shape)
+    values = cache.value.index_select(0, blocks).view(shape)
     return keys[:, :length], values[:, :length]

@@ -12,19 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from server.model.layers.packed import PackedWeight, Packing
+
 
 class Linear(nn.Module):
     """`x W^T + b` with weight [out_features, in_features], uninitialised until the loader fills it."""
 
+    weight: nn.Parameter | None  # None once it is packed
     bias: nn.Parameter | None
+    packed: PackedWeight | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.packed = None
+
+    def pack(self, packing: Packing) -> None:
+        """Keep the weight as `packing` stores it, and let go of the plain one. Once only, after it was filled."""
+        if self.weight is None:
+            raise ValueError("the weight is packed already")
+        self.packed = packing.pack(self.weight, self.bias)
+        self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
+        if self.packed is not None:
+            return self.packed(x)
+        assert self.weight is not None  # one of the two is there, always
         return F.linear(x, self.weight, self.bias)
 
 
