@@ -86,6 +86,7 @@ def _parser(argv: Collection[str]) -> argparse.ArgumentParser:
         metavar="N",
         help="ask the model in OUT, or the bundled one, about N pictures of each kind; needs the extra train",
     )
+    demo.add_argument("--quantization", default="none", help="how --examine stores weights; default: %(default)s")
     demo.set_defaults(run=_make_demo)
     return parser
 
@@ -147,7 +148,7 @@ def _make_demo(args: argparse.Namespace) -> int:
     if args.train and args.out is None:
         raise ConfigError("--train needs a folder to write: make-demo OUT --train")
     if args.examine is not None:
-        return _examine_demo(args.out or ensure_demo(), args.examine, args.seed)
+        return _examine_demo(args.out or ensure_demo(), args.examine, args.seed, args.quantization)
     if args.out is None:
         print(ensure_demo())
         return 0
@@ -169,14 +170,17 @@ def _make_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examine_demo(folder: Path, count: int, seed: int) -> int:
+def _examine_demo(folder: Path, count: int, seed: int, quantization: str) -> int:
     """Print the share of right answers as a table, and the wrong ones as they come."""
     from server.demo.exam import examine_folder
 
     if count < 1:
         raise ConfigError(f"--examine must be at least 1, not {count}")
-    shares = examine_folder(folder, count=count, seed=seed, show=lambda line: print(line, file=sys.stderr))
-    print(f"| {count} pictures each, seed {seed} | right |\n| --- | --- |")
+    shares = examine_folder(
+        folder, count=count, seed=seed, quantization=quantization, show=lambda line: print(line, file=sys.stderr)
+    )
+    stored = "" if quantization == "none" else f", {quantization}"
+    print(f"| {count} pictures each, seed {seed}{stored} | right |\n| --- | --- |")
     for name, share in shares.items():
         print(f"| {name} | {100 * share:.1f}% |")
     return 0

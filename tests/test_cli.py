@@ -197,10 +197,12 @@ def test_make_demo_writes_where_it_is_told(
 def test_without_a_folder_the_bundled_model_is_examined(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    asked: list[tuple[Path, int, int]] = []
+    asked: list[tuple[Path, int, int, str]] = []
 
-    def examine(folder: Path, *, count: int, seed: int, show: Callable[[str], None]) -> dict[str, float]:
-        asked.append((folder, count, seed))
+    def examine(
+        folder: Path, *, count: int, seed: int, show: Callable[[str], None], quantization: str
+    ) -> dict[str, float]:
+        asked.append((folder, count, seed, quantization))
         show("a wrong answer")
         return {"numbers": 0.975, "words": 1.0}
 
@@ -209,8 +211,9 @@ def test_without_a_folder_the_bundled_model_is_examined(
     assert cli.main(["make-demo", "--examine", "40"]) == 0
     table = "| 40 pictures each, seed 0 | right |\n| --- | --- |\n| numbers | 97.5% |\n| words | 100.0% |\n"
     assert capsys.readouterr() == (table, "a wrong answer\n")
-    assert cli.main(["make-demo", str(tmp_path), "--examine", "1", "--seed", "2"]) == 0
-    assert asked == [(tmp_path / "bundled", 40, 0), (tmp_path, 1, 2)]
+    assert cli.main(["make-demo", str(tmp_path), "--examine", "1", "--seed", "2", "--quantization", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("| 1 pictures each, seed 2, int8 | right |")
+    assert asked == [(tmp_path / "bundled", 40, 0, "none"), (tmp_path, 1, 2, "int8")]
 
 
 def test_a_demo_of_unknown_size_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,9 @@ from server.bench.admission import render as render_rounds
 from server.bench.load import LoadPlan, LoadResult, WarmupError, run_load
 from server.bench.report import Summary, machine_facts, render, save, summarise, to_json
 from server.bench.stream import RequestRecord
+from server.bench.suite import SUITES, Contender, Row, Suite, UnknownRowError, choose_rows, parse_peer
+from server.bench.suite import render as render_suite
+from server.bench.suite import to_json as suite_json
 from server.bench.target import Target, TargetError
 from server.bench.workloads import TokenCounter, Vocabulary, Workload, WorkloadSpec, find_vocabulary
 
@@ -32,7 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_target(parser.add_argument_group("target"))
     _add_load(parser.add_argument_group("load"))
     _add_requests(parser.add_argument_group("requests"))
+    _add_suite(parser.add_argument_group("a suite of rows, beside peers; the load and the requests are its own"))
     _add_report(parser.add_argument_group("report"))
+
+
+def _add_suite(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--suite", choices=sorted(SUITES), help="measure these rows instead of one load")
+    group.add_argument("--rows", metavar="NAME,...", help="only these rows of it")
+    group.add_argument("--rounds", type=_number(int, 1), default=5, help="rounds of each row (default: 5)")
+    group.add_argument(
+        "--peer",
+        type=_peer,
+        action="append",
+        default=[],
+        metavar="NAME=URL[,model=ID][,text][,without=KEY]",
+        help="a server to compare with: 'text' for one without pictures, 'without' for a key that it refuses",
+    )
 
 
 def _add_target(group: argparse._ArgumentGroup) -> None:
@@ -117,13 +135,21 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.output is not None and not args.output.parent.is_dir():
         return _complain(f"--output: there is no folder {args.output.parent}", status=2)
+    if args.suite is None and (args.rows is not None or args.peer):
+        return _complain("--rows and --peer belong to a --suite", status=2)
+    if len({"ours", *(peer.name for peer in args.peer)}) <= len(args.peer):
+        return _complain("--peer: each needs a name of its own, and ours is taken", status=2)
     try:
+        if args.suite is not None:
+            return _measure_suite(args, choose_rows(args.suite, args.rows))
         with Target(args.base_url, api_key=args.api_key or os.environ.get("OPENAI_API_KEY")) as target:
             if args.admit is not None:
                 return _measure_admission(args, target)
             result, config = _measure(args, target)
     except (TargetError, WarmupError, AdmissionError) as error:
         return _complain(str(error), status=1)
+    except UnknownRowError as error:
+        return _complain(str(error), status=2)
     except KeyboardInterrupt:
         return _complain("interrupted", status=130)
     summary = summarise(result)
@@ -187,6 +213,43 @@ def _measure_admission(args: argparse.Namespace, target: Target) -> int:
     if args.output is not None:
         save({"machine": machine_facts(), "rounds": [asdict(item) for item in rounds]}, args.output)
     return 0
+
+
+def _measure_suite(args: argparse.Namespace, rows: Sequence[Row]) -> int:
+    """Rows of a suite on the server and its peers, in turn."""
+    contenders = [Contender("ours", args.base_url, args.model), *args.peer]
+    key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    with ExitStack() as stack:
+        targets = {
+            contender.name: stack.enter_context(
+                Target(contender.url, api_key=key if contender.name == "ours" else None)
+            )
+            for contender in contenders
+        }
+        contenders = [_named(contender, targets[contender.name], args.ready_timeout) for contender in contenders]
+        vocabulary = choose_vocabulary(targets["ours"], contenders[0].model or "", args.tokenizer)
+        seed = time.time_ns() % 2**32 if args.seed is None else args.seed
+        suite = Suite(contenders, targets=targets, vocabulary=vocabulary, run=run_fast, timeout=args.timeout, seed=seed)
+        results = []
+        with tqdm(total=len(rows) * args.rounds, desc="suite", unit="round", disable=args.no_progress) as bar:
+            for row in rows:
+                bar.set_postfix_str(row.name)
+                results.append(suite.measure(row, args.rounds, bar.update))
+    print(f"{machine_facts()['cpu']}, {machine_facts()['cores']} cores; medians of {args.rounds} rounds, in turn")
+    print(render_suite(results, contenders), sep="\n\n")
+    if args.output is not None:
+        save(
+            {"machine": machine_facts(), "seed": seed, "rounds": args.rounds, "rows": suite_json(results)}, args.output
+        )
+    return 0
+
+
+def _named(contender: Contender, target: Target, timeout: float) -> Contender:
+    """The contender with the model that it serves, once it is ready. Raises TargetError."""
+    models = target.wait_ready(timeout)
+    if contender.model is None and not models:
+        raise TargetError(f"{contender.name} lists no model: name one")
+    return replace(contender, model=contender.model or models[0])
 
 
 def _workload_spec(args: argparse.Namespace, model: str) -> WorkloadSpec:
@@ -308,6 +371,13 @@ def _number(kind: Callable[[str], T], least: float) -> Callable[[str], T]:
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
+
+
+def _peer(text: str) -> Contender:
+    try:
+        return parse_peer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -153,11 +153,17 @@ async def examine(
     return shares
 
 
-def examine_folder(folder: Path, *, count: int, seed: int, show: Callable[[str], None]) -> dict[str, float]:
-    """`examine` for a checkpoint's folder, in float32, with steps large enough for many answers at once."""
+def examine_folder(
+    folder: Path, *, count: int, seed: int, show: Callable[[str], None], quantization: str = "none"
+) -> dict[str, float]:
+    """`examine` for a checkpoint's folder, in float32, with steps large enough for many answers at once.
+
+    Raises ConfigError for a quantization that the server does not have.
+    """
     settings = {
         "model": str(folder),
         "dtype": "float32",
+        "quantization": quantization,
         "num_threads": 1,  # two wait for each other more than they compute, and on a busy machine for everybody
         "max_model_len": 4096,
         "max_num_seqs": IN_FLIGHT,

@@ -85,6 +85,11 @@ def test_what_is_not_a_whole_answer_failed(stream: bytes, message: str) -> None:
     assert record.error.startswith(message)
 
 
+def test_usage_after_a_reason_to_finish_ends_an_answer_too() -> None:
+    assert read((text("a", "stop") + usage(5, 1), 11.0)).error is None
+    assert read((text("a") + usage(5, 1), 11.0)).error == "stream ended without a finish_reason"
+
+
 def test_a_null_error_is_none() -> None:
     assert read((event({"error": None, "choices": []}) + text("a", "stop") + DONE, 11.0)).error is None
 
