@@ -30,9 +30,13 @@ _ENCODED_TILES = re.compile(rb"^idefics2:tiles_encoded_total\S* (\S+)$", re.MULT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One admission, all in seconds. `tile` is the largest tile's cost, None for a server that does not tell."""
+    """One admission, all in seconds. `tile` is the largest tile's cost, None for a server that does not tell.
+
+    `usual_gap` is the median and `quiet_gap` the largest before the pictures came, once all streams were running.
+    """
 
     usual_gap: float
+    quiet_gap: float
     largest_gap: float
     first_token: float
     tile: float | None
@@ -96,14 +100,22 @@ def _judge(
     answered = max(record.first_token or sent for record in admitted)
     if any(record.text_times[-1] < answered for record in records):
         raise AdmissionError("a stream ended before the pictures were admitted; raise --output-len")
+    # Before this the streams' own prompts are computed, of which those that came first feel something.
+    running = max(record.text_times[0] for record in records)
     quiet, during = [], []
     for record in records:
         for earlier, later in pairwise(record.text_times):
-            if later <= sent:
+            if running <= earlier and later <= sent:
                 quiet.append(later - earlier)
-            elif earlier <= answered:
+            elif sent < later and earlier <= answered:
                 during.append(later - earlier)
-    return Round(usual_gap=statistics.median(quiet), largest_gap=max(during), first_token=answered - sent, tile=tile)
+    return Round(
+        usual_gap=statistics.median(quiet),
+        quiet_gap=max(quiet),
+        largest_gap=max(during),
+        first_token=answered - sent,
+        tile=tile,
+    )
 
 
 async def _tile_counters(chat_url: str) -> tuple[float, float] | None:
@@ -128,6 +140,7 @@ def render(rounds: Sequence[Round]) -> str:
     lines += (_row(item) for item in rounds)
     middle = Round(
         usual_gap=statistics.median(item.usual_gap for item in rounds),
+        quiet_gap=statistics.median(item.quiet_gap for item in rounds),
         largest_gap=statistics.median(item.largest_gap for item in rounds),
         first_token=statistics.median(item.first_token for item in rounds),
         tile=statistics.median(item.tile or 0.0 for item in rounds),

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,14 +16,14 @@ from tqdm import tqdm
 
 from server.bench.admission import AdmissionError, run_round
 from server.bench.admission import render as render_rounds
-from server.bench.load import LoadPlan, LoadResult, WarmupError, run_load
+from server.bench.load import LoadPlan, LoadResult, WarmupError, run_fast, run_load
 from server.bench.report import Summary, machine_facts, render, save, summarise, to_json
+from server.bench.side_by_side import Contender, parse_peer
 from server.bench.stream import RequestRecord
-from server.bench.suite import SUITES, Contender, Row, Suite, UnknownRowError, choose_rows, parse_peer
-from server.bench.suite import render as render_suite
-from server.bench.suite import to_json as suite_json
-from server.bench.target import Target, TargetError
-from server.bench.workloads import TokenCounter, Vocabulary, Workload, WorkloadSpec, find_vocabulary
+from server.bench.suite import SUITES, UnknownRowError
+from server.bench.suite_command import FlagError, measure_suite
+from server.bench.target import Target, TargetError, choose_vocabulary
+from server.bench.workloads import Workload, WorkloadSpec
 
 T = TypeVar("T")
 
@@ -41,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_suite(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--suite", choices=sorted(SUITES), help="measure these rows instead of one load")
-    group.add_argument("--rows", metavar="NAME,...", help="only these rows of it")
+    group.add_argument("--rows", metavar="NAME,...", help="only these rows of it, or curves of scaling")
     group.add_argument("--rounds", type=_number(int, 1), default=5, help="rounds of each row (default: 5)")
     group.add_argument(
         "--peer",
@@ -50,6 +48,9 @@ def _add_suite(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME=URL[,model=ID][,text][,without=KEY]",
         help="a server to compare with: 'text' for one without pictures, 'without' for a key that it refuses",
+    )
+    group.add_argument(
+        "--plots", type=Path, metavar="DIR", help="draw the curves of --suite scaling as SVG files; needs matplotlib"
     )
 
 
@@ -135,20 +136,18 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.output is not None and not args.output.parent.is_dir():
         return _complain(f"--output: there is no folder {args.output.parent}", status=2)
-    if args.suite is None and (args.rows is not None or args.peer):
-        return _complain("--rows and --peer belong to a --suite", status=2)
-    if len({"ours", *(peer.name for peer in args.peer)}) <= len(args.peer):
-        return _complain("--peer: each needs a name of its own, and ours is taken", status=2)
     try:
         if args.suite is not None:
-            return _measure_suite(args, choose_rows(args.suite, args.rows))
+            return measure_suite(args)
+        if args.rows is not None or args.peer or args.plots is not None:
+            return _complain("--rows, --peer and --plots belong to a --suite", status=2)
         with Target(args.base_url, api_key=args.api_key or os.environ.get("OPENAI_API_KEY")) as target:
             if args.admit is not None:
                 return _measure_admission(args, target)
             result, config = _measure(args, target)
     except (TargetError, WarmupError, AdmissionError) as error:
         return _complain(str(error), status=1)
-    except UnknownRowError as error:
+    except (FlagError, UnknownRowError) as error:
         return _complain(str(error), status=2)
     except KeyboardInterrupt:
         return _complain("interrupted", status=130)
@@ -215,43 +214,6 @@ def _measure_admission(args: argparse.Namespace, target: Target) -> int:
     return 0
 
 
-def _measure_suite(args: argparse.Namespace, rows: Sequence[Row]) -> int:
-    """Rows of a suite on the server and its peers, in turn."""
-    contenders = [Contender("ours", args.base_url, args.model), *args.peer]
-    key = args.api_key or os.environ.get("OPENAI_API_KEY")
-    with ExitStack() as stack:
-        targets = {
-            contender.name: stack.enter_context(
-                Target(contender.url, api_key=key if contender.name == "ours" else None)
-            )
-            for contender in contenders
-        }
-        contenders = [_named(contender, targets[contender.name], args.ready_timeout) for contender in contenders]
-        vocabulary = choose_vocabulary(targets["ours"], contenders[0].model or "", args.tokenizer)
-        seed = time.time_ns() % 2**32 if args.seed is None else args.seed
-        suite = Suite(contenders, targets=targets, vocabulary=vocabulary, run=run_fast, timeout=args.timeout, seed=seed)
-        results = []
-        with tqdm(total=len(rows) * args.rounds, desc="suite", unit="round", disable=args.no_progress) as bar:
-            for row in rows:
-                bar.set_postfix_str(row.name)
-                results.append(suite.measure(row, args.rounds, bar.update))
-    print(f"{machine_facts()['cpu']}, {machine_facts()['cores']} cores; medians of {args.rounds} rounds, in turn")
-    print(render_suite(results, contenders), sep="\n\n")
-    if args.output is not None:
-        save(
-            {"machine": machine_facts(), "seed": seed, "rounds": args.rounds, "rows": suite_json(results)}, args.output
-        )
-    return 0
-
-
-def _named(contender: Contender, target: Target, timeout: float) -> Contender:
-    """The contender with the model that it serves, once it is ready. Raises TargetError."""
-    models = target.wait_ready(timeout)
-    if contender.model is None and not models:
-        raise TargetError(f"{contender.name} lists no model: name one")
-    return replace(contender, model=contender.model or models[0])
-
-
 def _workload_spec(args: argparse.Namespace, model: str) -> WorkloadSpec:
     return WorkloadSpec(
         model=model,
@@ -308,36 +270,6 @@ def _send(args: argparse.Namespace, target: Target, *, plan: LoadPlan, workload:
                 on_done=on_done,
             )
         )
-
-
-def choose_vocabulary(target: Target, model: str, tokenizer: Path | None) -> Vocabulary:
-    """Words counted by the server, else by a local tokenizer, else taken for a token each."""
-    if target.count_tokens(model, "the") is not None:
-        return find_vocabulary(lambda text: target.count_tokens(model, text) or 0, source="the server's /tokenize")
-    if tokenizer is not None:
-        return find_vocabulary(_load_tokenizer(tokenizer), source=str(tokenizer))
-    return find_vocabulary(None, source="")
-
-
-def _load_tokenizer(folder: Path) -> TokenCounter:
-    if not folder.is_dir():
-        raise TargetError(f"--tokenizer: there is no folder {folder}")
-    # Imported here: it takes seconds, and most runs ask the server.
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-
-
-def run_fast(main: Coroutine[Any, Any, T]) -> T:
-    """Run on uvloop where there is one: a third of the cost of an event."""
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    with suppress(ImportError):
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
 
 
 def _headline(config: dict[str, Any]) -> str:

@@ -163,6 +163,14 @@ def _table(summary: Summary, config: Mapping[str, Any]) -> list[str]:
 
 
 def _warnings(summary: Summary, config: Mapping[str, Any]) -> list[str]:
+    lines = doubts(summary, config)
+    return ["", *(f"! {line}" for line in lines)] if lines else []
+
+
+def doubts(summary: Summary, config: Mapping[str, Any]) -> list[str]:
+    """What to know before the numbers are believed, a line each. Of `config` it reads `output_len` and what requests
+    share: `shared_prefix_len` and `repeat_images`.
+    """
     lines = [f"failed: {count} × {reason}" for reason, count in summary.errors.items()]
     if summary.warmup_failed:
         lines.append(f"failed in the warm-up: {summary.warmup_failed}")
@@ -176,7 +184,7 @@ def _warnings(summary: Summary, config: Mapping[str, Any]) -> list[str]:
         lines.append("much of the prompts came from the server's prefix cache: was this seed used before?")
     if summary.client_cpu > 0.8:
         lines.append("the load generator is near its limit: its own delays are in these times")
-    return ["", *(f"! {line}" for line in lines)] if lines else []
+    return lines
 
 
 def machine_facts() -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-TokenCounter = Callable[[str], int]
+from server.bench.workloads import TokenCounter, Vocabulary, find_vocabulary
 
 POLL_SECONDS = 0.5
+
+_RESIDENT = re.compile(r"^process_resident_memory_bytes(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
 class TargetError(Exception):
@@ -68,6 +71,17 @@ class Target:
         except httpx.HTTPError:
             return None
 
+    def resident_memory(self) -> float | None:
+        """Bytes that the process behind /metrics holds, None where it does not say. An engine in a process of its own
+        is not in it.
+        """
+        try:
+            response = self._client.get(f"{self.root}/metrics")
+        except httpx.HTTPError:
+            return None
+        found = _RESIDENT.search(response.text) if response.status_code == 200 else None
+        return float(found[1]) if found else None
+
 
 def _model_ids(url: str, response: httpx.Response) -> list[str]:
     try:
@@ -89,3 +103,22 @@ def _count(response: httpx.Response) -> int | None:
     if isinstance(answer.get("count"), int):
         return int(answer["count"])
     return len(answer["tokens"]) if isinstance(answer.get("tokens"), list) else None
+
+
+def choose_vocabulary(target: Target, model: str, tokenizer: Path | None) -> Vocabulary:
+    """Words counted by the server, else by a local tokenizer, else taken for a token each."""
+    if target.count_tokens(model, "the") is not None:
+        return find_vocabulary(lambda text: target.count_tokens(model, text) or 0, source="the server's /tokenize")
+    if tokenizer is not None:
+        return find_vocabulary(_load_tokenizer(tokenizer), source=str(tokenizer))
+    return find_vocabulary(None, source="")
+
+
+def _load_tokenizer(folder: Path) -> TokenCounter:
+    if not folder.is_dir():
+        raise TargetError(f"--tokenizer: there is no folder {folder}")
+    # Imported here: it takes seconds, and most runs ask the server.
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.listening import listening
@@ -68,6 +68,7 @@ class CannedServer:
     models: list[str] = field(default_factory=lambda: ["canned"])
     refusals_before_ready: int = 0
     refusal_status: int = 503
+    metrics: Callable[[], str] | None = None
 
     @property
     def chat_url(self) -> str:
@@ -110,6 +111,9 @@ class CannedServer:
             return JSONResponse({"error": {"message": "no such path"}}, status_code=404)
         return JSONResponse({"count": self.count_tokens((await request.json())["prompt"])})
 
+    async def tell_metrics(self, _: Request) -> Response:
+        return PlainTextResponse("no such path", 404) if self.metrics is None else PlainTextResponse(self.metrics())
+
     @contextmanager
     def running(self) -> Iterator[CannedServer]:
         app = Starlette(
@@ -117,6 +121,7 @@ class CannedServer:
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/models", self.list_models),
                 Route("/tokenize", self.tokenize, methods=["POST"]),
+                Route("/metrics", self.tell_metrics),
             ]
         )
         with listening(app, log_level="critical") as self.url:
