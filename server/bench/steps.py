@@ -25,6 +25,7 @@ from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile
 
 WARMUP_STEPS = 4
 ROWS_PER_TILE = 64
+CHUNK = 128  # tokens of prompts that a step computes at the least
 
 _ids = itertools.count()
 
@@ -64,7 +65,8 @@ def main() -> int:
 
 def _load(args: argparse.Namespace, text: str) -> Variant:
     settings: dict[str, Any] = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    longest = max([args.context + args.steps, *args.prompt], default=0) + 64
+    answers = _answer_len(max([1, *args.batch]), args.context, args.steps)
+    longest = max([args.context + answers, ROWS_PER_TILE, *args.prompt]) + 64
     config = ServerConfig.model_validate(
         {
             "max_num_seqs": max([1, *args.batch]),
@@ -95,7 +97,8 @@ def _row(name: str, job: Any, variants: list[Variant], rounds: int) -> str:
 
 def decode(core: EngineCore, batch: int, context: int, steps: int) -> float:
     """Median seconds of a step in which each of `batch` answers grows by a token."""
-    requests = [_request(context, max_tokens=steps + WARMUP_STEPS) for _ in range(batch)]
+    # Those that are admitted first grow while the others' prompts are computed: all have enough left after that.
+    requests = [_request(context, max_tokens=_answer_len(batch, context, steps)) for _ in range(batch)]
     for request in requests:
         core.handle(request)
     while core.scheduler.num_waiting:
@@ -106,7 +109,11 @@ def decode(core: EngineCore, batch: int, context: int, steps: int) -> float:
         if len(core.step().outputs) == batch:
             seconds.append(time.perf_counter() - started)
     _end(core, requests)
-    return statistics.median(seconds[WARMUP_STEPS // 2 :])
+    return statistics.median(seconds[WARMUP_STEPS:])
+
+
+def _answer_len(batch: int, context: int, steps: int) -> int:
+    return WARMUP_STEPS + steps + batch * (1 + context // CHUNK)
 
 
 def prefill(core: EngineCore, length: int) -> float:
@@ -119,7 +126,9 @@ def tile(core: EngineCore, edge: int) -> float:
     """Seconds that encoding one tile takes in its step."""
     pixels = os.urandom(edge * edge * 3)
     picture = Tile(pixels[:32], edge, edge, pixels)
-    request = _request(ROWS_PER_TILE + 8, max_tokens=2, tiles=(picture,), placeholders=(PlaceholderRange(1, 64),))
+    request = _request(
+        ROWS_PER_TILE + 8, max_tokens=2, tiles=(picture,), placeholders=(PlaceholderRange(1, ROWS_PER_TILE),)
+    )
     core.handle(request)
     seconds = core.step().stats.encode_seconds
     _end(core, [request])
