@@ -18,7 +18,7 @@ from server.model.layers.packed import PackedWeight, Packing
 class Linear(nn.Module):
     """`x W^T + b` with weight [out_features, in_features], uninitialised until the loader fills it."""
 
-    weight: nn.Parameter | None  # None once it is packed
+    weight: nn.Parameter  # gone once it is packed
     bias: nn.Parameter | None
     packed: PackedWeight | None
 
@@ -30,16 +30,15 @@ class Linear(nn.Module):
 
     def pack(self, packing: Packing) -> None:
         """Keep the weight as `packing` stores it, and let go of the plain one. Once only, after it was filled."""
-        if self.weight is None:
+        if self.packed is not None:
             raise ValueError("the weight is packed already")
         self.packed = packing.pack(self.weight, self.bias)
-        self.weight = None
+        del self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
         if self.packed is not None:
             return self.packed(x)
-        assert self.weight is not None  # one of the two is there, always
         return F.linear(x, self.weight, self.bias)
 
 
