@@ -45,7 +45,7 @@ from server.llm import AsyncLLM
 from server.model.attention.sdpa import SdpaAttention
 from server.model.config import ModelConfig, load_model_config
 from server.model.idefics2 import Idefics2Model
-from server.model.layers.packed import Packing, Quantization, choose_packing, has_narrow_weights
+from server.model.layers.packed import Packing, choose_packing
 from server.model.loader import load_model, resolve_model
 from server.model.mistral import MistralLayer
 from server.model.weight_map import num_parameters
@@ -54,6 +54,7 @@ from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
 from server.runner.grammars import GrammarBank
+from server.runner.hardware import choose_device, choose_dtype, choose_quantization
 from server.runner.kv_cache import allocate_kv_cache, block_bytes
 from server.runner.memory import choose_context, kv_budget_bytes
 from server.runner.model_runner import ModelRunner
@@ -66,7 +67,6 @@ logger = logging.getLogger(__name__)
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
 DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
 
-
 DRAIN_POLL_SECONDS = 0.05
 
 
@@ -76,33 +76,6 @@ def resolve_folder(config: ServerConfig) -> Path:
         return ensure_demo()
     folder = resolve_model(config.model, config.revision, weights=config.load_format == "auto")
     return folder if config.load_format == "auto" else with_processor(folder)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device by config; ConfigError when CUDA is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for, and PyTorch finds no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, float32 elsewhere, or what was asked for."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    has_bf16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def choose_quantization(config: ServerConfig, device: torch.device) -> Quantization:
-    """What was asked for; else half-width weights where nothing was, and the CPU would emulate 16-bit arithmetic."""
-    if config.quantization != "auto":
-        return config.quantization
-    emulates = device.type == "cpu" and choose_dtype("auto", device) == torch.float32
-    return "fp16" if emulates and config.dtype == "auto" and has_narrow_weights() else "none"
 
 
 def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True) -> EngineCore:

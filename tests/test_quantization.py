@@ -9,8 +9,9 @@ import torch
 
 from server.config import ServerConfig
 from server.engine.core import EngineCore
-from server.launch import build_core, choose_quantization
+from server.launch import build_core
 from server.model.layers.packed import has_narrow_weights
+from server.runner.hardware import choose_quantization
 from server.types import EngineRequest, PlaceholderRange, SamplingParams
 from tests.engines import drive, noise_image, real_core, record_first_logits, tiles_of
 
@@ -85,7 +86,7 @@ def test_eight_bits_answer_alone_as_in_a_batch(tiny_checkpoint: Path) -> None:
 
 
 def test_sixteen_bits_are_for_cpus_that_emulate_them_and_only_where_nothing_was_asked_for(monkeypatch) -> None:
-    monkeypatch.setattr("server.launch.has_narrow_weights", lambda: True)
+    monkeypatch.setattr("server.runner.hardware.has_narrow_weights", lambda: True)
     has_bf16 = {"amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has_bf16)
     assert choose_quantization(ServerConfig(), CPU) == "none"
@@ -94,5 +95,5 @@ def test_sixteen_bits_are_for_cpus_that_emulate_them_and_only_where_nothing_was_
     assert choose_quantization(ServerConfig(dtype="float32"), CPU) == "none"
     assert choose_quantization(ServerConfig(), torch.device("cuda")) == "none"
     assert choose_quantization(ServerConfig(quantization="int8"), CPU) == "int8"
-    monkeypatch.setattr("server.launch.has_narrow_weights", lambda: False)
+    monkeypatch.setattr("server.runner.hardware.has_narrow_weights", lambda: False)
     assert choose_quantization(ServerConfig(), CPU) == "none"

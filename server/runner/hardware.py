@@ -1,0 +1,36 @@
+"""What the settings come to on this machine: its device, the type of its numbers and the width of its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from server.config import ServerConfig
+from server.errors import ConfigError
+from server.model.layers.packed import Quantization, has_narrow_weights
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by config; ConfigError when CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was asked for, and PyTorch finds no CUDA device")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, float32 elsewhere, or what was asked for."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    has_bf16 = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def choose_quantization(config: ServerConfig, device: torch.device) -> Quantization:
+    """What was asked for; else half-width weights where nothing was, and the CPU would emulate 16-bit arithmetic."""
+    if config.quantization != "auto":
+        return config.quantization
+    emulates = device.type == "cpu" and choose_dtype("auto", device) == torch.float32
+    return "fp16" if emulates and config.dtype == "auto" and has_narrow_weights() else "none"
