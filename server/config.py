@@ -58,8 +58,12 @@ class ServerConfig(BaseModel):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, le=1 << 20, description="Tokens a step may compute; default: 384 on CPU, 4096 on CUDA."
     )
-    max_num_batched_tiles: int | None = Field(
-        None, ge=1, le=1024, description="Tiles a step may encode; default: 1 on CPU, 5 on CUDA."
+    max_num_batched_pixels: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 30,
+        description="Pixels a step may encode; a larger tile takes several steps. Default: 65536 on CPU, five tiles of "
+        "980×980 on CUDA.",
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in a block of the KV cache.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use in all.")

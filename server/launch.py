@@ -63,9 +63,9 @@ from server.runner.vision_runner import VisionRunner
 
 logger = logging.getLogger(__name__)
 
-# Tokens and tiles a step takes by default. On CPU a step's time grows with both from the first token on, and running
+# Tokens and pixels a step takes by default. On CPU a step's time grows with both from the first token on, and running
 # streams wait for it; on CUDA they are nearly free until the matrix units are full.
-DEFAULT_BUDGETS = {"cpu": (384, 1), "cuda": (4096, 5)}
+DEFAULT_BUDGETS = {"cpu": (384, 1 << 16), "cuda": (4096, 5 * 980 * 980)}
 
 DRAIN_POLL_SECONDS = 0.05
 
@@ -90,9 +90,9 @@ def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True)
     dtype = choose_dtype(config.dtype, device)
     packing = choose_packing(choose_quantization(config, device), device, dtype) if pack_weights else None
     model_config = load_model_config(folder)
-    default_tokens, default_tiles = DEFAULT_BUDGETS[device.type]
+    default_tokens, default_pixels = DEFAULT_BUDGETS[device.type]
     max_tokens = config.max_num_batched_tokens or max(default_tokens, config.max_num_seqs)
-    max_tiles = config.max_num_batched_tiles or default_tiles
+    max_pixels = config.max_num_batched_pixels or default_pixels
     attention = SdpaAttention(sliding_window=model_config.text.sliding_window)
     model = load_model(
         folder,
@@ -109,7 +109,7 @@ def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True)
         device=device,
         requested_gib=config.kv_cache_memory_gb,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        run_largest_step=functools.partial(_largest_step, model, model_config, max_tokens, max_tiles),
+        run_largest_step=functools.partial(_largest_step, model, model_config, max_tokens, max_pixels),
     )
     num_blocks, max_model_len = choose_context(
         budget_bytes=budget,
@@ -139,7 +139,7 @@ def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        max_num_batched_tiles=max_tiles,
+        max_num_batched_pixels=max_pixels,
         max_model_len=max_model_len,
         block_size=config.block_size,
         num_blocks=num_blocks,
@@ -178,10 +178,11 @@ def keep_startup_objects() -> None:
 
 
 @torch.inference_mode()
-def _largest_step(model: Idefics2Model, config: ModelConfig, max_tokens: int, max_tiles: int) -> None:
+def _largest_step(model: Idefics2Model, config: ModelConfig, max_tokens: int, max_pixels: int) -> None:
     """The memory peak of a step without its KV cache: the widest layer over a full batch, and full-size tiles."""
     device = next(model.parameters()).device
     edge = config.images.longest_edge
+    max_tiles = max(max_pixels // edge**2, 1)
     model.encode_tiles(torch.zeros((max_tiles, edge, edge, 3), dtype=torch.uint8, device=device))
     embeddings = model.embed(torch.zeros(max_tokens, dtype=torch.int64, device=device))
     cast(MistralLayer, model.text.layers[0]).mlp(embeddings)

@@ -270,7 +270,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
     `num_held` of the `num_waiting` wait for something else than room: a grammar, or a prompt that they share.
     `num_computed_tokens` are all that went through the model, also those computed before and lost. `prefix_queries`
-    and `prefix_hits` count tokens, `tile_queries` and `tile_hits` tiles; durations are seconds.
+    and `prefix_hits` count tokens, `tile_queries` and `tile_hits` tiles; a tile that took several steps is one of
+    `num_encoded_tiles` in the last and of `num_tile_shares` in each; durations are seconds.
     """
 
     num_running: int = 0
@@ -287,6 +288,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     tile_queries: int = 0
     tile_hits: int = 0
     num_encoded_tiles: int = 0
+    num_tile_shares: int = 0
     step_seconds: float = 0.0
     encode_seconds: float = 0.0
 

@@ -25,9 +25,9 @@ IMAGE_ID, FAKE_ID = 32001, 32000
 _ids = itertools.count()
 
 
-def make_tile(name: str) -> Tile:
+def make_tile(name: str, num_pixels: int = 1) -> Tile:
     """A tile whose key follows from its name; its pixels are a stand-in."""
-    return Tile(key=hashlib.sha256(name.encode()).digest(), height=1, width=1, pixels=b"\0\0\0")
+    return Tile(key=hashlib.sha256(name.encode()).digest(), height=1, width=num_pixels, pixels=bytes(3 * num_pixels))
 
 
 def make_request(
@@ -36,6 +36,7 @@ def make_request(
     request_id: str | None = None,
     tiles: Sequence[str] = (),
     rows_per_tile: int = 4,
+    num_pixels: int = 1,
     max_tokens: int = 4,
     priority: int = 0,
     cache_salt: str = "",
@@ -46,6 +47,7 @@ def make_request(
 ) -> EngineRequest:
     """A request of `prompt` text tokens (ids, or how many), with the named tiles in a row after the first token.
 
+    Each tile is of `num_pixels`.
     It is greedy unless `n` answers are wanted.
     """
     text = list(range(100, 100 + prompt)) if isinstance(prompt, int) else list(prompt)
@@ -61,7 +63,7 @@ def make_request(
         prompt_token_ids=ids,
         sampling=SamplingParams(max_tokens=max_tokens, temperature=float(n > 1), **sampling),  # type: ignore[arg-type]
         eos_token_ids=eos,
-        tiles=tuple(make_tile(name) for name in tiles),
+        tiles=tuple(make_tile(name, num_pixels) for name in tiles),
         placeholders=tuple(placeholders),
         priority=priority,
         cache_salt=cache_salt,
@@ -74,7 +76,7 @@ def make_limits(**changes: int | bool) -> SchedulerLimits:
     values: dict[str, int | bool] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 32,
-        "max_num_batched_tiles": 1,
+        "max_num_batched_pixels": 1,
         "max_model_len": 128,
         "block_size": 4,
         "num_blocks": 64,
@@ -105,6 +107,8 @@ class FakeExecutor:
         self.contents: dict[str, list[int]] = {}
         self.cache: dict[tuple[int, int], int] = {}  # (block, place in it) → what all tokens up to it are
         self.encoded: list[bytes] = []
+        self.shares: list[tuple[bytes, float]] = []
+        self.partial: tuple[int, bytes, float] | None = None
         self.steps: list[SchedulerOutput] = []
         self.broken_tiles: set[bytes] = set()
         self.explode_on: set[str] = set()
@@ -133,12 +137,14 @@ class FakeExecutor:
         if any(plan.request_id in self.explode_on for plan in step.scheduled):
             raise RuntimeError("injected")
         broken = self._encode(step)
-        sampled, failed, prompt_logprobs = {}, {}, {}
+        failed = {item.request_id: "broken tile" for item in step.tiles if item.slot in broken}
+        sampled, prompt_logprobs = {}, {}
         for plan in step.scheduled:
             blocks = [] if plan.resumed else self.blocks[plan.request_id]
             self.blocks[plan.request_id] = blocks + plan.new_block_ids
             if not broken.isdisjoint(plan.tile_slots.values()):
                 failed[plan.request_id] = "broken tile"
+            if plan.request_id in failed:
                 continue
             self._compute(plan)
             if self.sources[plan.request_id].sampling.num_prompt_logprobs is not None:
@@ -167,17 +173,27 @@ class FakeExecutor:
         return [TokenLogprobs(prompt[p], -float(p)) for p in range(start + 1, min(end + 1, len(prompt)))]
 
     def _encode(self, step: SchedulerOutput) -> set[int]:
-        """Fill slots; one whose tile is broken keeps what it held. Returns those."""
+        """Fill slots with tiles that end; one whose tile is broken keeps what it held. Returns those."""
         if len({item.slot for item in step.tiles}) != len(step.tiles):
             raise AssertionError("two tiles for one slot")
+        if sum(not item.is_last_share for item in step.tiles) > 1:
+            raise AssertionError("two tiles in part")
+        partial, self.partial = self.partial, None
         broken = set()
         for item in step.tiles:
             key = self.sources[item.request_id].tiles[item.index].key
-            self.encoded.append(key)
+            begun = partial[2] if partial is not None and partial[:2] == (item.slot, key) else 0.0
+            if not 0 < item.until <= 1:
+                raise AssertionError("a tile does not advance")
+            self.shares.append((key, item.until))
+            if item.is_last_share:
+                self.encoded.append(key)
             if key in self.broken_tiles:
                 broken.add(item.slot)
-            else:
+            elif item.is_last_share:
                 self.slots[item.slot] = key
+            else:
+                self.partial = (item.slot, key, max(begun, item.until))  # one begun anew may be further already
         return broken
 
     def _compute(self, plan: ScheduledRequest) -> None:

@@ -66,7 +66,7 @@ def build_faulty_core(config: ServerConfig, folder: Path) -> EngineCore:
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=256,
-        max_num_batched_tiles=1,
+        max_num_batched_pixels=1,
         max_model_len=2048,
         block_size=16,
         num_blocks=1024,

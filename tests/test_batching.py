@@ -77,7 +77,7 @@ def crowded_core(folder: Path) -> EngineCore:
         kv_cache_memory_gb=0.00125,
         max_num_seqs=12,
         max_num_batched_tokens=96,
-        max_num_batched_tiles=2,
+        max_num_batched_pixels=60_000,
         encoder_cache_tiles=3,
     )
 

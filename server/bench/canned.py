@@ -60,7 +60,7 @@ def build_canned_core(step_seconds: float, max_num_seqs: int) -> EngineCore:
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=1 << 16,
-        max_num_batched_tiles=64,
+        max_num_batched_pixels=64 * 980 * 980,
         max_model_len=CONTEXT,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,

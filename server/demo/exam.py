@@ -168,7 +168,7 @@ def examine_folder(
         "max_model_len": 4096,
         "max_num_seqs": IN_FLIGHT,
         "max_num_batched_tokens": 2048,
-        "max_num_batched_tiles": 8,
+        "max_num_batched_pixels": 8 * 980 * 980,
         "kv_cache_memory_gb": 0.5,
     }
     llm = build_llm(load_config(file=None, environ={}, flags=settings))

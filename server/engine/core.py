@@ -125,13 +125,13 @@ class EngineCore:
         except EngineBrokenError:
             raise
         except Exception:
-            logger.exception("a step with %d requests failed", len(plan.scheduled))
+            logger.exception("a step with %d requests failed", len(plan.request_ids))
             outputs = self.scheduler.fail_step(plan, "the engine failed while computing this request")
-            self._note_crashes(len(plan.scheduled), of=len(plan.scheduled))
+            self._note_crashes(len(plan.request_ids), of=len(plan.request_ids))
         else:
             outputs = self.scheduler.update(plan, result)
             encode_seconds = result.encode_seconds
-            self._note_crashes(len(result.crashed), of=len(plan.scheduled))
+            self._note_crashes(len(result.crashed), of=len(plan.request_ids))
         stats = self.scheduler.take_stats(step_seconds=time.perf_counter() - started, encode_seconds=encode_seconds)
         return EngineOutputs(outputs=outputs, stats=stats)
 

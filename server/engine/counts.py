@@ -18,3 +18,4 @@ class Counts:
     tile_queries: int = 0
     tile_hits: int = 0
     num_encoded_tiles: int = 0
+    num_tile_shares: int = 0

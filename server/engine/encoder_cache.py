@@ -1,15 +1,29 @@
 """Slots of the slab that holds embedded tiles: pinned while a request still needs them, kept for the next turn after.
 
-Every tile has the same number of rows, so a slot is an integer and nothing fragments. Knows keys, not pixels.
+Every tile has the same number of rows, so a slot is an integer and nothing fragments. At most one tile at a time is in
+part encoded: what a step has no budget for goes on in the next. Knows keys and sizes, not pixels.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class PartialTile:
+    """The tile that is being encoded, for the request that it was begun for; `num_done` of its pixels are."""
+
+    request_id: str
+    index: int
+    key: bytes
+    slot: int
+    num_pixels: int
+    num_done: int = 0
 
 
 class EncoderCache:
-    """`num_slots` slots, each free, pinned by one or more users, or unpinned and reusable (oldest dropped first)."""
+    """`num_slots` slots: free, the partial tile's, pinned by users, or unpinned and reusable (oldest dropped first)."""
 
     def __init__(self, num_slots: int) -> None:
         if num_slots < 1:
@@ -19,6 +33,7 @@ class EncoderCache:
         self._slot_of: dict[bytes, int] = {}
         self._pins: dict[bytes, int] = {}
         self._unpinned: OrderedDict[bytes, None] = OrderedDict()
+        self.partial: PartialTile | None = None
 
     @property
     def num_available(self) -> int:
@@ -26,25 +41,48 @@ class EncoderCache:
         return len(self._free) + len(self._unpinned)
 
     def __contains__(self, key: bytes) -> bool:
+        """Whether a tile is here whole."""
         return key in self._slot_of
 
-    def is_pinned(self, key: bytes) -> bool:
-        return key in self._pins
-
-    def pin(self, key: bytes) -> int | None:
-        """Pin a key's slot, taking one if it has none yet (the caller then fills it). None when all are pinned."""
-        slot = self._slot_of.get(key)
-        if slot is None:
-            if self._free:
-                slot = self._free.pop()
-            elif self._unpinned:
-                oldest, _ = self._unpinned.popitem(last=False)
-                slot = self._slot_of.pop(oldest)
-            else:
-                return None
-            self._slot_of[key] = slot
+    def begin(self, request_id: str, index: int, key: bytes, num_pixels: int) -> bool:
+        """Take a slot for a tile that is not here and make it the partial one; False when all are pinned."""
+        if self.partial is not None or key in self._slot_of:
+            raise ValueError("a tile is partial already, or here")
+        if self._free:
+            slot = self._free.pop()
+        elif self._unpinned:
+            oldest, _ = self._unpinned.popitem(last=False)
+            slot = self._slot_of.pop(oldest)
         else:
-            self._unpinned.pop(key, None)
+            return False
+        self.partial = PartialTile(request_id, index, key, slot, num_pixels)
+        return True
+
+    def advance(self, num_pixels: int) -> None:
+        """So many more pixels of the partial tile are encoded; with the last of them it is here, unpinned."""
+        if self.partial is None:
+            raise ValueError("no tile is partial")
+        self.partial.num_done += num_pixels
+        if self.partial.num_done >= self.partial.num_pixels:
+            self._slot_of[self.partial.key] = self.partial.slot
+            self._unpinned[self.partial.key] = None
+            self.partial = None
+
+    def abandon(self, request_id: str) -> None:
+        """Let go of the partial tile if it was begun for this request: whoever else wants it begins it again."""
+        if self.partial is not None and self.partial.request_id == request_id:
+            self._free.append(self.partial.slot)
+            self.partial = None
+
+    def touch(self, key: bytes) -> None:
+        """Keep a tile that is soon needed for longer than those that are not."""
+        if key in self._unpinned:
+            self._unpinned.move_to_end(key)
+
+    def pin(self, key: bytes) -> int:
+        """Keep a tile that is here until it is unpinned as often. Returns its slot."""
+        slot = self._slot_of[key]
+        self._unpinned.pop(key, None)
         self._pins[key] = self._pins.get(key, 0) + 1
         return slot
 
@@ -57,8 +95,10 @@ class EncoderCache:
                 self._unpinned[key] = None
 
     def discard(self, key: bytes) -> None:
-        """Forget an unpinned key whose content is not to be trusted."""
-        if key in self._unpinned:
+        """Forget a tile, partial or unpinned, whose content is not to be trusted."""
+        if self.partial is not None and self.partial.key == key:
+            self.abandon(self.partial.request_id)
+        elif key in self._unpinned:
             del self._unpinned[key]
             self._free.append(self._slot_of.pop(key))
 
@@ -67,10 +107,11 @@ class EncoderCache:
         return dict(self._pins)
 
     def check_integrity(self) -> None:
-        """Raise if free, pinned and unpinned slots do not add up."""
-        if len(self._free) + len(self._slot_of) != self.num_slots:
-            raise RuntimeError(f"{len(self._free)} free + {len(self._slot_of)} used slots are not {self.num_slots}")
+        """Raise if free, partial, pinned and unpinned slots do not add up."""
+        used = [*self._slot_of.values(), *([self.partial.slot] if self.partial is not None else [])]
+        if len(self._free) + len(used) != self.num_slots:
+            raise RuntimeError(f"{len(self._free)} free + {len(used)} used slots are not {self.num_slots}")
         if set(self._slot_of) != set(self._pins) | set(self._unpinned) or set(self._pins) & set(self._unpinned):
             raise RuntimeError("slots in use are not exactly those pinned or unpinned")
-        if len({*self._free, *self._slot_of.values()}) != self.num_slots:
+        if len({*self._free, *used}) != self.num_slots:
             raise RuntimeError("a slot is used twice")

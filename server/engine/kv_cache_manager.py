@@ -48,6 +48,7 @@ class KVCacheManager:
         request.block_ids = list(prefix)
         request.num_published_blocks = len(prefix)
         request.num_computed_tokens = len(prefix) * self.block_size
+        request.is_resumed = True
 
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for `num_tokens` more tokens: those that were added, or None when there are too few."""

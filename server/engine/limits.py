@@ -11,7 +11,7 @@ class SchedulerLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_num_batched_tiles: int
+    max_num_batched_pixels: int
     max_model_len: int
     block_size: int
     num_blocks: int

@@ -62,7 +62,7 @@ class ProgressWatch:
         """The engine has said this."""
         stats = outputs.stats
         has_work = stats.num_running + stats.num_waiting > stats.num_held
-        if outputs.outputs or stats.num_computed_tokens or stats.num_encoded_tiles or not has_work:
+        if outputs.outputs or stats.num_computed_tokens or stats.num_tile_shares or not has_work:
             self._has_moved = True
         self._longest_step = max(self._longest_step, stats.step_seconds)
 

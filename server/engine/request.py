@@ -35,6 +35,7 @@ class Request:
     group                id of the request whose prompt this is: the same for all its answers
     num_prompt_logprobs  how many of the prompt's log-probabilities have been handed out
     num_deferrals        how often it had no memory since its last token
+    is_resumed           whether its next chunk is the first since it was started, or started again
     """
 
     __slots__ = (
@@ -43,6 +44,7 @@ class Request:
         "finish_reason",
         "first_scheduled_time",
         "group",
+        "is_resumed",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_deferrals",
@@ -68,6 +70,7 @@ class Request:
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0
         self.num_deferrals = 0
+        self.is_resumed = True
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_published_blocks = 0

@@ -1,7 +1,8 @@
 """Decides each step's work: which requests advance, by how many tokens, with which blocks and tiles.
 
 There is no prefill or decode phase. Each request's computed tokens catch up with its tokens under one token budget
-and one tile budget; single tokens (decodes) are served first, so that a long prompt never stalls a running stream.
+and one budget of pixels, so that neither a long prompt nor a large picture stalls a running stream: single tokens
+(decodes) are served first, and a tile that is too large for a step is encoded over several.
 Knows nothing of tensors, text or time beyond the clock it is given.
 """
 
@@ -18,11 +19,12 @@ from server.engine.held import HeldRequests
 from server.engine.integrity import check_books
 from server.engine.kv_cache_manager import KVCacheManager
 from server.engine.limits import SchedulerLimits
+from server.engine.outputs import output_of, take_prompt_logprobs
 from server.engine.queue import WaitingQueue
 from server.engine.request import Request, RequestStatus, split_choices
 from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from server.engine.step_plan import StepPlan
-from server.types import EngineOutput, EngineRequest, FinishReason, StepStats, TokenLogprobs
+from server.types import EngineOutput, EngineRequest, FinishReason, StepStats
 
 MAX_TRIES = 3  # to compute a request's next token while memory lacks
 
@@ -99,7 +101,7 @@ class Scheduler:
         if request is None:
             return None
         self._finish(request, FinishReason.ERROR)
-        return self._output(request, [], error=message)
+        return output_of(request, [], error=message)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests without an output. Unknown ids (already ended) are ignored."""
@@ -144,7 +146,7 @@ class Scheduler:
     def _advance(self, step: StepPlan, request: Request) -> None:
         """Plan a running request's next chunk, preempting those of lower rank for blocks if need be."""
         num_tokens = min(request.num_uncomputed_tokens, step.tokens_left)
-        num_tokens = step.reachable(request, request.num_computed_tokens, num_tokens)
+        num_tokens = step.reach(request, request.num_computed_tokens, num_tokens)
         if num_tokens == 0:
             return
         while (added := self.kv.extend(request, num_tokens)) is None:
@@ -152,7 +154,7 @@ class Scheduler:
             self._preempt(step, victim)
             if victim is request:
                 return
-        step.add(request, num_tokens, added, resumed=False)
+        step.add(request, num_tokens, added)
 
     def _admit(self, step: StepPlan) -> None:
         """Start waiting requests, in order, while they fit. The first that does not fit ends the step's intake."""
@@ -192,20 +194,24 @@ class Scheduler:
         return has_place and self.kv.can_admit(request, prefix, spare=len(self._running))
 
     def _start(self, step: StepPlan, request: Request, prefix: list[int]) -> bool:
-        """Start a waiting request for which there is a place; False if the step has no budget for it."""
-        start = len(prefix) * self.limits.block_size
-        num_tokens = step.reachable(request, start, min(request.num_tokens - start, step.tokens_left))
-        if num_tokens == 0:
+        """Start a waiting request for which there is a place; False if the step has no budget for it.
+
+        One that begins with a tile takes its place before it has a chunk: only who runs has tiles encoded.
+        """
+        if step.tokens_left == 0:
             return False
         self._waiting.take(request)  # not always the next any more: one preempted for it may have gone before it
         self.kv.start(request, prefix)
-        added = self.kv.extend(request, num_tokens)
-        if added is None:
-            raise RuntimeError("blocks vanished between can_admit and extend")
         request.status = RequestStatus.RUNNING
         self._running.append(request)
+        start = request.num_computed_tokens
         self._note_start(step, request, start)
-        step.add(request, num_tokens, prefix + added, resumed=True)
+        num_tokens = step.reach(request, start, min(request.num_uncomputed_tokens, step.tokens_left))
+        if num_tokens:
+            added = self.kv.extend(request, num_tokens)
+            if added is None:
+                raise RuntimeError("blocks vanished between can_admit and extend")
+            step.add(request, num_tokens, added)
         return True
 
     def _note_start(self, step: StepPlan, request: Request, num_cached: int) -> None:
@@ -238,19 +244,22 @@ class Scheduler:
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
         """Take a step's results: advance, end, defer or fail each planned request, and publish full blocks."""
         outputs = []
-        self._counts.num_encoded_tiles += len(step.tiles)
-        for item in step.scheduled:
-            request = self._requests.get(item.request_id)
-            if request is None:
+        self._counts.num_tile_shares += len(step.tiles)
+        self._counts.num_encoded_tiles += sum(tile.is_last_share for tile in step.tiles)
+        chunks = {item.request_id: item for item in step.scheduled}
+        for request_id in step.request_ids:
+            request = self._requests.get(request_id)
+            # One that was preempted while a tile was encoded for it is told of what came of that when it tries again.
+            if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            if item.request_id in result.failed:
+            output = None
+            if request_id in result.failed:
                 self._fail(request)
-                outputs.append(self._output(request, [], error=result.failed[item.request_id]))
-                continue
-            if item.request_id in result.deferred:
+                output = output_of(request, [], error=result.failed[request_id])
+            elif request_id in result.deferred:
                 output = self._defer(request)
-            else:
-                output = self._advance_computed(request, item, result)
+            elif request_id in chunks:
+                output = self._advance_computed(request, chunks[request_id], result)
             if output is not None:
                 outputs.append(output)
         for tile in step.tiles:
@@ -265,7 +274,7 @@ class Scheduler:
             self._send_back(request)
             return None
         self._finish(request, FinishReason.ERROR)
-        return self._output(
+        return output_of(
             request,
             [],
             error=f"the server had too little memory for this request in {MAX_TRIES} tries",
@@ -285,10 +294,10 @@ class Scheduler:
         for index in list(request.tile_slots):
             if request.source.placeholders[index].end <= request.num_computed_tokens:
                 self._unpin_tile(request, index)
-        prompt_logprobs = self._new_prompt_logprobs(request, item, result)
+        prompt_logprobs = take_prompt_logprobs(request, item, result)
         token = result.sampled.get(item.request_id)
         if token is None:
-            return self._output(request, [], prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+            return output_of(request, [], prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         request.append(token, is_complete=item.request_id in result.complete)
         request.num_deferrals = 0
         self._counts.num_generated_tokens += 1
@@ -298,48 +307,13 @@ class Scheduler:
         if request.finish_reason is not None:
             self._finish(request, request.finish_reason)
         logprobs = result.logprobs.get(item.request_id)
-        return self._output(
+        return output_of(
             request, [token], logprobs=[] if logprobs is None else [logprobs], prompt_logprobs=prompt_logprobs
-        )
-
-    def _new_prompt_logprobs(
-        self, request: Request, item: ScheduledRequest, result: ModelRunnerOutput
-    ) -> list[TokenLogprobs]:
-        """A chunk's log-probabilities of prompt tokens; those from before a preemption have been told."""
-        found = result.prompt_logprobs.get(item.request_id, [])
-        told = max(request.num_prompt_logprobs - item.num_computed_tokens, 0)
-        new = found[told:]
-        request.num_prompt_logprobs += len(new)
-        return new
-
-    def _output(
-        self,
-        request: Request,
-        token_ids: list[int],
-        *,
-        error: str | None = None,
-        error_code: str | None = None,
-        logprobs: Sequence[TokenLogprobs] = (),
-        prompt_logprobs: Sequence[TokenLogprobs] = (),
-    ) -> EngineOutput:
-        first = request.num_output_tokens <= 1 and request.first_scheduled_time is not None
-        return EngineOutput(
-            request_id=request.request_id,
-            new_token_ids=token_ids,
-            finish_reason=request.finish_reason,
-            stop_token_id=request.stop_token_id,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_seconds=(request.first_scheduled_time or 0.0) - request.source.arrival_time if first else None,
-            num_preemptions=request.num_preemptions,
-            logprobs=list(logprobs),
-            prompt_logprobs=list(prompt_logprobs),
-            error=error,
-            error_code=error_code,
         )
 
     def fail_step(self, step: SchedulerOutput, message: str) -> list[EngineOutput]:
         """A step broke and nobody can tell for whom: end all that were in it, keep all others."""
-        failed = {item.request_id: message for item in step.scheduled}
+        failed = dict.fromkeys(step.request_ids, message)
         slots = frozenset(tile.slot for tile in step.tiles)
         return self.update(step, ModelRunnerOutput(sampled={}, failed=failed, failed_slots=slots))
 
@@ -361,6 +335,7 @@ class Scheduler:
         # Nobody else will compute the prompt for those that wait for it.
         self._release_held(_prompt_computed(request.request_id))
         self._release(request)
+        self.encoder.abandon(request.request_id)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         del self._requests[request.request_id]

@@ -47,12 +47,21 @@ class ScheduledRequest:
 
 @dataclass(frozen=True, slots=True)
 class TileToEncode:
-    """Encode tile `index` of a request into `slot` before the forward pass. `key` is what the slot is found by."""
+    """Encode tile `index` of a request, as far as `until`, before the forward pass; at 1 its rows go into `slot`.
+
+    Shares of one tile come in consecutive steps, and no other tile is begun and left unfinished between them. `key` is
+    what the slot is found by.
+    """
 
     request_id: str
     index: int
     slot: int
     key: bytes
+    until: float = 1.0
+
+    @property
+    def is_last_share(self) -> bool:
+        return self.until >= 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +73,19 @@ class SchedulerOutput:
     tiles: list[TileToEncode] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Whom it works for: those with a chunk, then those that wait for a tile."""
+        chunks, tiles = (item.request_id for item in self.scheduled), (tile.request_id for tile in self.tiles)
+        return list(dict.fromkeys([*chunks, *tiles]))
+
 
 @dataclass(frozen=True, slots=True)
 class ModelRunnerOutput:
     """`sampled` has a token for each request whose chunk reached its last token; `failed` names the culprits.
 
-    A failed request has computed nothing this step; its message is safe to show to a client. `crashed` are those of
+    A failed request has computed nothing this step, be it for a tile that it waits for; its message is safe to show to
+    a client. `crashed` are those of
     them that raised or made numbers of no use, as a broken engine makes all do. Nor has a request in `deferred`
     computed anything, for lack of memory; it may succeed later. `failed_slots` are those whose tile could not be
     encoded, for either reason. `complete` are those whose grammar lets nothing follow the sampled token. `logprobs`

@@ -1,6 +1,7 @@
 """A step while it is put together: its chunks, the tiles that they need, and what is left of its budgets.
 
-Pins tiles, in the encoder cache and on the request; takes no blocks and decides nothing about who runs.
+Has tiles encoded and pins them, in the encoder cache and on the request; takes no blocks and decides nothing about who
+runs.
 """
 
 from __future__ import annotations
@@ -13,32 +14,59 @@ from server.engine.step import NewRequest, ScheduledRequest, SchedulerOutput, Ti
 
 
 class StepPlan:
+    """Goes on with the partial tile first, whoever it is for: no other can begin before it is whole."""
+
     def __init__(self, limits: SchedulerLimits, encoder: EncoderCache, counts: Counts) -> None:
         self.tokens_left = limits.max_num_batched_tokens
         self.has_preempted = False
-        self._tiles_left = limits.max_num_batched_tiles
+        self._pixels_left = limits.max_num_batched_pixels
         self._encoder = encoder
         self._counts = counts
         self._scheduled: dict[str, ScheduledRequest] = {}
         self._tiles: list[TileToEncode] = []
         self._new: list[NewRequest] = []
+        self._encode()
 
-    def reachable(self, request: Request, start: int, num_tokens: int) -> int:
-        """How far a chunk from `start` may go before a tile that neither budget nor slots allow. Takes nothing."""
-        tiles_left = self._tiles_left
-        available = self._encoder.num_available
-        seen: set[bytes] = set()
-        for index in request.tiles_between(start, start + num_tokens):
-            key = request.source.tiles[index].key
-            if index in request.tile_slots or key in seen or self._encoder.is_pinned(key):
-                continue
-            must_encode = key not in self._encoder
-            if available == 0 or (must_encode and tiles_left == 0):
+    def reach(self, request: Request, start: int, num_tokens: int) -> int:
+        """How many tokens a chunk from `start` may have before a tile that neither budget nor slots allow yet.
+
+        Pins the tiles of that chunk, and has those that are not here encoded.
+        """
+        touched = list(request.tiles_between(start, start + num_tokens))
+        for index in touched:  # lest a new tile takes the slot of one that this very chunk needs
+            self._encoder.touch(request.source.tiles[index].key)
+        for index in touched:
+            if index not in request.tile_slots and not self._pin(request, index):
                 return max(request.source.placeholders[index].offset - start, 0)
-            available -= 1
-            tiles_left -= must_encode
-            seen.add(key)
         return num_tokens
+
+    def _pin(self, request: Request, index: int) -> bool:
+        """Pin a tile that is here, or is by the end of this step's encoding."""
+        tile = request.source.tiles[index]
+        is_hit = tile.key in self._encoder
+        if not is_hit:
+            if self._pixels_left == 0:  # as always while a tile is partial
+                return False
+            if not self._encoder.begin(request.request_id, index, tile.key, tile.height * tile.width):
+                return False
+            self._encode()
+            if tile.key not in self._encoder:
+                return False
+        request.tile_slots[index] = self._encoder.pin(tile.key)
+        self._counts.tile_queries += 1
+        self._counts.tile_hits += is_hit
+        return True
+
+    def _encode(self) -> None:
+        """Spend what is left of the budget on the partial tile."""
+        partial = self._encoder.partial
+        if partial is None:
+            return
+        share = min(self._pixels_left, partial.num_pixels - partial.num_done)
+        self._pixels_left -= share
+        until = (partial.num_done + share) / partial.num_pixels
+        self._tiles.append(TileToEncode(partial.request_id, partial.index, partial.slot, partial.key, until))
+        self._encoder.advance(share)
 
     def introduce(self, request: Request) -> None:
         """Have the runner told of a request that has its first step."""
@@ -56,37 +84,19 @@ class StepPlan:
             )
         )
 
-    def add(self, request: Request, num_tokens: int, blocks: list[int], *, resumed: bool) -> None:
-        """Enter a chunk that is `reachable` and whose blocks are taken: pin its tiles and charge the budgets."""
+    def add(self, request: Request, num_tokens: int, added: list[int]) -> None:
+        """Enter a chunk within `reach` for which blocks have been `added`, and charge the budget."""
         start = request.num_computed_tokens
-        touched = list(request.tiles_between(start, start + num_tokens))
-        # Tiles that are there first, lest a new one takes the slot of one that this very chunk needs.
-        for index in sorted(touched, key=lambda index: request.source.tiles[index].key not in self._encoder):
-            if index not in request.tile_slots:
-                self._pin_tile(request, index)
         self.tokens_left -= num_tokens
         self._scheduled[request.request_id] = ScheduledRequest(
             request_id=request.request_id,
             num_computed_tokens=start,
             num_tokens=num_tokens,
-            new_block_ids=blocks,
-            resumed=resumed,
-            tile_slots={index: request.tile_slots[index] for index in touched},
+            new_block_ids=list(request.block_ids) if request.is_resumed else added,
+            resumed=request.is_resumed,
+            tile_slots={index: request.tile_slots[index] for index in request.tiles_between(start, start + num_tokens)},
         )
-
-    def _pin_tile(self, request: Request, index: int) -> None:
-        key = request.source.tiles[index].key
-        must_encode = key not in self._encoder
-        slot = self._encoder.pin(key)
-        if slot is None:
-            raise RuntimeError("a tile slot vanished between planning and pinning")
-        request.tile_slots[index] = slot
-        self._counts.tile_queries += 1
-        if must_encode:
-            self._tiles_left -= 1
-            self._tiles.append(TileToEncode(request.request_id, index, slot, key))
-        else:
-            self._counts.tile_hits += 1
+        request.is_resumed = False
 
     def withdraw(self, request: Request) -> None:
         """Take a preempted request's chunk out, if it has one.

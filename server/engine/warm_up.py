@@ -60,9 +60,11 @@ def _step(scheduler: Scheduler, executor: StepExecutor) -> float:
 
 
 def _largest_request(limits: SchedulerLimits, *, tile_edge: int, rows_per_tile: int) -> EngineRequest:
-    """As many tokens and tiles as a step takes."""
+    """As many tokens and tiles as a step takes, the tiles last: one that is too large for a step ends its chunk."""
     num_tokens = max(min(limits.max_num_batched_tokens, limits.max_model_len - NUM_DECODES), 1)
-    num_tiles = min(limits.max_num_batched_tiles, limits.num_tile_slots, (num_tokens - 1) // rows_per_tile)
+    num_tiles = max(limits.max_num_batched_pixels // tile_edge**2, 1)
+    num_tiles = min(num_tiles, limits.num_tile_slots, (num_tokens - 1) // rows_per_tile)
+    first = num_tokens - 1 - num_tiles * rows_per_tile
     pixels = bytes(tile_edge * tile_edge * 3)
     return EngineRequest(
         request_id="warm-up",
@@ -70,7 +72,9 @@ def _largest_request(limits: SchedulerLimits, *, tile_edge: int, rows_per_tile: 
         sampling=SamplingParams(max_tokens=NUM_DECODES, temperature=0.0, ignore_eos=True),
         eos_token_ids=(),
         tiles=tuple(Tile(b"warm-up %d" % index, tile_edge, tile_edge, pixels) for index in range(num_tiles)),
-        placeholders=tuple(PlaceholderRange(1 + index * rows_per_tile, rows_per_tile) for index in range(num_tiles)),
+        placeholders=tuple(
+            PlaceholderRange(first + index * rows_per_tile, rows_per_tile) for index in range(num_tiles)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from server.model.config import ModelConfig, PixelNormalization
 from server.model.layers.linear import Linear
 from server.model.layers.packed import PackedWeight, Packing
 from server.model.mistral import MistralModel
+from server.model.parts import Parts, run_to_end
 from server.model.perceiver import Connector
 from server.model.vision import VisionTower
 
@@ -80,9 +81,18 @@ class Idefics2Model(nn.Module):
 
         Raises ValueError when a side has no whole patch or more patches than the position table.
         """
+        return run_to_end(self.encode_in_parts(pixels))
+
+    def encode_in_parts(self, pixels: Tensor) -> Parts:
+        """`encode_tiles`, which pauses after each layer."""
         normalized = self.normalizer(pixels, self.text.embedding.weight.dtype)
-        rows: Tensor = self.connector(self.vision(normalized))
-        return rows
+        features = yield from self.vision.parts(normalized)
+        return (yield from self.connector.parts(features))
+
+    def num_encoding_parts(self, height: int, width: int) -> int:
+        """How often `encode_in_parts` pauses for tiles of that size in pixels."""
+        patch = self.config.vision.patch_size
+        return len(self.vision.layers) + self.connector.num_parts((height // patch) * (width // patch))
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids [T] → [T, hidden]."""

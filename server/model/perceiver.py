@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from server.model.config import ModelConfig, PerceiverConfig
 from server.model.layers.linear import GatedMLP, KVLinear, Linear
 from server.model.layers.norm import RMSNorm
+from server.model.parts import Parts, run_to_end
+
+# At the published sizes so many rows take about as long as a layer of the vision tower over the largest tile. The
+# projection's inner width is twelve times its input's, so this bounds its memory too.
+PROJECTED_ROWS = 1024
 
 
 class PerceiverAttention(nn.Module):
@@ -59,11 +64,12 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, context: Tensor) -> Tensor:
-        """[N, P, hidden] → [N, num_latents, hidden]."""
+    def parts(self, context: Tensor) -> Parts:
+        """[N, P, hidden] → [N, num_latents, hidden], with a pause after each layer."""
         latents = self.latents.expand(context.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(latents, context)
+            yield
         normed: Tensor = self.norm(latents)
         return normed
 
@@ -78,5 +84,16 @@ class Connector(nn.Module):
 
     def forward(self, vision: Tensor) -> Tensor:
         """[N, P, vision hidden] → [N, num_latents, text hidden]."""
-        rows: Tensor = self.resampler(self.projection(vision))
-        return rows
+        return run_to_end(self.parts(vision))
+
+    def parts(self, vision: Tensor) -> Parts:
+        """`forward`, which pauses after each layer of the resampler and each `PROJECTED_ROWS` rows before."""
+        projected = []
+        for rows in torch.split(vision, PROJECTED_ROWS, dim=1):
+            projected.append(self.projection(rows))
+            yield
+        return (yield from self.resampler.parts(torch.cat(projected, dim=1)))
+
+    def num_parts(self, num_patches: int) -> int:
+        """How often `parts` pauses."""
+        return -(-num_patches // PROJECTED_ROWS) + len(self.resampler.layers)

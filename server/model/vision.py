@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from server.model.config import VisionConfig
 from server.model.layers.embedding import Embedding
 from server.model.layers.linear import Linear, QKVLinear
+from server.model.parts import Parts, run_to_end
 
 
 def position_buckets(table_side: int) -> Tensor:
@@ -127,8 +128,13 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [N, 3, H, W] in the model's type → [N, H//patch * W//patch, hidden]."""
+        return run_to_end(self.parts(pixels))
+
+    def parts(self, pixels: Tensor) -> Parts:
+        """`forward`, which pauses after each layer."""
         hidden: Tensor = self.patches(pixels)
         for layer in self.layers:
             hidden = layer(hidden)
+            yield
         normed: Tensor = self.norm(hidden)
         return normed

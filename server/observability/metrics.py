@@ -100,7 +100,7 @@ class ServerMetrics:
             if stats.step_seconds:
                 numbers.step_seconds.observe(stats.step_seconds)
                 numbers.step_tokens.observe(stats.num_prompt_tokens + stats.num_generated_tokens)
-            if stats.num_encoded_tiles:
+            if stats.num_tile_shares:
                 numbers.encode_seconds.observe(stats.encode_seconds)
 
     # -- requests and answers ------------------------------------------------------------------------------------

@@ -94,21 +94,18 @@ class ModelRunner:
         started = time.perf_counter()
         unfilled = self._vision.encode(step.tiles, self._states)
         encode_seconds = time.perf_counter() - started
-        computed, deferred, scheduled = _Computed(), [], []
-        for item in step.scheduled:
-            slots = item.tile_slots.values()
-            if not unfilled.broken.isdisjoint(slots):
-                computed.crash(item.request_id, NO_PICTURE)
-            elif not unfilled.starved.isdisjoint(slots):
-                deferred.append(item.request_id)
-            else:
-                scheduled.append(item)
+        computed = _Computed()
+        broken, deferred = (_who_needs(slots, step) for slots in (unfilled.broken, unfilled.starved))
+        for request_id in broken:
+            computed.crash(request_id, NO_PICTURE)
+        deferred -= broken
+        scheduled = [item for item in step.scheduled if item.request_id not in broken | deferred]
         found = isolate(scheduled, self._compute, _name)
         for part in found.results:
             computed.add(part)
         for item in found.broken:
             computed.crash(item.request_id, CRASHED)
-        deferred += [item.request_id for item in found.starved]
+        deferred |= {item.request_id for item in found.starved}
         complete = self._keep(computed)
         return ModelRunnerOutput(
             sampled=computed.sampled,
@@ -193,6 +190,12 @@ class ModelRunner:
             embeddings = self._model.merge(embeddings, rows, batch.image_positions)
         hidden: torch.Tensor = self._model(embeddings, batch.positions, self._caches, metadata)
         return hidden
+
+
+def _who_needs(slots: set[int], step: SchedulerOutput) -> set[str]:
+    """Those with a chunk that touches one of these slots, and those whose tile was to go there."""
+    touching = {item.request_id for item in step.scheduled if not slots.isdisjoint(item.tile_slots.values())}
+    return touching | {tile.request_id for tile in step.tiles if tile.slot in slots}
 
 
 def _name(item: ScheduledRequest) -> str:

@@ -77,7 +77,7 @@ def engine(folder: Path) -> EngineCore:
         folder,
         max_num_seqs=BATCH,
         max_num_batched_tokens=BATCH * 512,
-        max_num_batched_tiles=BATCH * 5,
+        max_num_batched_pixels=BATCH * 5 * 980 * 980,
         encoder_cache_tiles=BATCH * 5,
         kv_cache_memory_gb=0.5,
         enable_prefix_caching=False,

@@ -13,7 +13,7 @@ from server.types import EngineOutput, RequestOrigin
 from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_tile
 
 KINDS = (
-    *("add", "abort", "finish", "preempt", "prefix hit", "tile hit", "release", "choice"),
+    *("add", "abort", "finish", "preempt", "prefix hit", "tile hit", "partial tile", "release", "choice"),
     *("defer", "starved tile", "out of memory", "fail", "broken tile", "lost step"),
 )
 TILES = "abcdef"
@@ -35,6 +35,7 @@ class TroubledExecutor(FakeExecutor):
         self.seen = seen
         self.lean_steps = 0
         self.deferrals: Counter[str] = Counter()
+        self.running: set[str] = set()  # that have not been preempted since
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         trouble = self.rng.random()
@@ -46,13 +47,14 @@ class TroubledExecutor(FakeExecutor):
             item.request_id
             for item in step.scheduled
             if self._has_no_memory() or not starved.isdisjoint(item.tile_slots.values())
-        }
+        } | {tile.request_id for tile in step.tiles if tile.slot in starved and tile.request_id in self.running}
         crashed = {item.request_id for item in step.scheduled if self.rng.random() < 0.002}
         kept = [item for item in step.scheduled if item.request_id not in deferred | crashed]
         self.broken_tiles = {make_tile(self.rng.choice(TILES)).key} if trouble > 0.8 else set()
         result = self._execute_kept(step, kept, starved)
         if 0.02 < trouble < 0.025:
             raise LostStepError
+        deferred -= result.failed.keys()
         self.seen["starved tile"] += len(starved)
         self.seen["broken tile"] += len(result.failed_slots)
         for request_id in result.sampled:
@@ -85,7 +87,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
         max_model_len=64,
         max_num_seqs=rng.choice([2, 4, 8]),
         max_num_batched_tokens=rng.choice([8, 16, 64]),
-        max_num_batched_tiles=rng.choice([1, 3]),
+        max_num_batched_pixels=rng.choice([2, 5, 12]),
         num_tile_slots=rng.choice([1, 3, 8]),
         enable_prefix_caching=rng.random() < 0.8,
     )
@@ -128,6 +130,7 @@ class Life:
         request = make_request(
             range(start, start + rng.randint(1, 20)),
             tiles=[rng.choice(TILES) for _ in range(rng.choice([0, 0, 1, 3]))],
+            num_pixels=4,
             max_tokens=rng.randint(1, 24),
             priority=rng.choice([0, 0, 1]),
             origin=RequestOrigin(key=rng.choice(self.keys)),
@@ -147,6 +150,8 @@ class Life:
         self.seen["preempt"] += stats.num_preemptions
         self.seen["prefix hit"] += stats.prefix_hits > 0
         self.seen["tile hit"] += stats.tile_hits
+        self.seen["partial tile"] += any(not tile.is_last_share for tile in plan.tiles)
+        self.executor.running = {request.request_id for request in self.scheduler._running}
         try:
             result = self.executor.execute(plan)
         except LostStepError:

@@ -92,7 +92,7 @@ def test_who_stops_using_it_has_used_up_a_tenth() -> None:
         IDLE,
         EngineOutputs(outputs=[], stats=StepStats(num_waiting=2, num_held=2)),
         EngineOutputs(outputs=[], stats=StepStats(num_running=1, num_computed_tokens=384)),
-        EngineOutputs(outputs=[], stats=StepStats(num_running=1, num_encoded_tiles=1)),
+        EngineOutputs(outputs=[], stats=StepStats(num_running=1, num_tile_shares=1)),
         EngineOutputs(
             outputs=[EngineOutput(request_id="r", new_token_ids=[], error="refused")], stats=StepStats(num_running=1)
         ),

@@ -12,7 +12,15 @@ from server.engine.scheduler import Scheduler
 from server.engine.step import ModelRunnerOutput
 from server.types import EngineOutput, EngineRequest, FinishReason, PlaceholderRange, RequestOrigin, StepStats
 from tests.engine.operations import KINDS, live
-from tests.factories import FakeExecutor, expected_answer, make_limits, make_request, make_scheduler, make_tile
+from tests.factories import (
+    IMAGE_ID,
+    FakeExecutor,
+    expected_answer,
+    make_limits,
+    make_request,
+    make_scheduler,
+    make_tile,
+)
 
 
 def step(scheduler: Scheduler, executor: FakeExecutor) -> dict[str, list[int]]:
@@ -56,7 +64,7 @@ def test_a_long_prompt_is_chunked_and_decodes_go_on() -> None:
 
 
 def test_decodes_come_first_even_behind_an_older_prefill() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tokens=8, max_num_batched_tiles=1), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_tokens=8, max_num_batched_pixels=1), FakeExecutor()
     # The older request waits for tiles, so that the younger one starts decoding beside it.
     older = make_request(60, tiles=["a", "b", "c", "d"], max_tokens=2)
     younger = make_request(3, max_tokens=30)
@@ -70,7 +78,7 @@ def test_decodes_come_first_even_behind_an_older_prefill() -> None:
 
 
 def test_one_tile_a_step_and_the_chunk_ends_before_the_next() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=1), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=1), FakeExecutor()
     request = make_request(6, tiles=["a", "b", "c"], max_tokens=1)
     scheduler.add(request)
     chunks = []
@@ -114,7 +122,7 @@ def test_a_kept_tile_is_reused_where_the_prefix_differs() -> None:
 
 
 def test_same_tile_twice_is_encoded_once() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=2), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=2), FakeExecutor()
     scheduler.add(make_request(4, tiles=["a", "a"], max_tokens=1))
     run(scheduler, executor)
     assert executor.encoded == [make_tile("a").key]
@@ -122,7 +130,7 @@ def test_same_tile_twice_is_encoded_once() -> None:
 
 
 def test_more_tiles_than_slots_still_finish() -> None:
-    scheduler, executor = make_scheduler(num_tile_slots=1, max_num_batched_tiles=4), FakeExecutor()
+    scheduler, executor = make_scheduler(num_tile_slots=1, max_num_batched_pixels=4), FakeExecutor()
     requests = [make_request(5, tiles=[f"{i}{name}" for name in "abc"], max_tokens=3) for i in range(3)]
     for request in requests:
         scheduler.add(request)
@@ -221,7 +229,7 @@ def test_eos_stop_ids_ignore_eos_and_length() -> None:
 
 
 def test_a_broken_tile_fails_its_requests_and_nobody_else() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=2), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=2), FakeExecutor()
     executor.broken_tiles = {make_tile("bad").key}
     bad, also_bad = make_request(4, tiles=["bad"]), make_request(range(40, 44), tiles=["bad"])
     good = make_request(4, tiles=["good"])
@@ -327,7 +335,7 @@ SLOT_CHANGES_HANDS = [
 
 
 def test_a_slot_that_a_preemption_freed_goes_to_one_tile_only() -> None:
-    limits = {"num_blocks": 16, "max_model_len": 40, "num_tile_slots": 1, "max_num_batched_tiles": 3}
+    limits = {"num_blocks": 16, "max_model_len": 40, "num_tile_slots": 1, "max_num_batched_pixels": 3}
     scheduler = make_scheduler(max_num_seqs=6, max_num_batched_tokens=16, enable_prefix_caching=False, **limits)
     executor, preemptions = FakeExecutor(), 0
     requests = [
@@ -397,14 +405,14 @@ def test_what_ends_an_answer_is_masked_for_min_tokens() -> None:
 
 
 def test_same_tile_twice_costs_the_budget_once() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=1, num_tile_slots=1), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=1, num_tile_slots=1), FakeExecutor()
     request = make_request(4, tiles=["a", "a"], max_tokens=1)
     scheduler.add(request)
     assert plan_of(scheduler, executor) == {request.request_id: len(request.prompt_token_ids)}
 
 
 def test_the_tile_budget_is_one_for_all_requests_of_a_step() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=2, max_num_batched_tokens=64), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=2, max_num_batched_tokens=64), FakeExecutor()
     requests = [make_request(4, tiles=[name], max_tokens=9) for name in "abc"]
     for request in requests:
         scheduler.add(request)
@@ -533,7 +541,13 @@ def test_counts_are_of_one_step_and_gauges_of_now() -> None:
     prompt = len(first.prompt_token_ids)
     computed = [16, prompt - 16, 1, 1, 4, 0]
     expected = [
-        {"num_prompt_tokens": 16, "num_encoded_tiles": 1, "tile_queries": 1, "prefix_queries": prompt},
+        {
+            "num_prompt_tokens": 16,
+            "num_encoded_tiles": 1,
+            "num_tile_shares": 1,
+            "tile_queries": 1,
+            "prefix_queries": prompt,
+        },
         {"num_prompt_tokens": prompt - 16, "num_generated_tokens": 1},
         {"num_generated_tokens": 1},
         {"num_generated_tokens": 1},
@@ -591,13 +605,128 @@ def test_who_takes_a_running_requests_place_starts_though_that_one_is_next_in_th
     assert answers[newcomer.request_id] == expected_answer(newcomer)[1:]
 
 
+# -- tiles that are too large for a step ------------------------------------------------------------------------------
+
+
+def test_a_large_tile_takes_several_steps_and_streams_go_on() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    short = make_request(4, max_tokens=20)
+    scheduler.add(short)
+    step(scheduler, executor)
+    pictured = make_request(9, tiles=["a", "b"], num_pixels=25, max_tokens=2)
+    scheduler.add(pictured)
+    key = [make_tile(name).key for name in "ab"]
+    chunks, answer = [], []
+    for _ in range(6):
+        told = step(scheduler, executor)
+        assert short.request_id in told, "a decode missed a step while a tile was encoded"
+        answer += told.get(pictured.request_id, [])
+        chunks += [item.num_tokens for item in executor.steps[-1].scheduled if item.request_id == pictured.request_id]
+    # The second tile begins with what the last share of the first leaves.
+    assert executor.shares == [(key[0], 0.4), (key[0], 0.8), (key[0], 1.0), (key[1], 0.2), (key[1], 0.6), (key[1], 1.0)]
+    assert chunks == [2, 5, 13, 1]  # up to the first tile; to the second; the rest; a decode
+    assert answer == expected_answer(pictured)
+    run(scheduler, executor)
+    assert scheduler.holds_nothing
+
+
+def test_only_one_tile_is_partial_and_others_wait_for_it() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    requests = [
+        make_request(range(start, start + 4), tiles=[name], num_pixels=pixels, max_tokens=1)
+        for start, name, pixels in ((0, "large", 25), (50, "small", 3), (90, "large", 25))
+    ]
+    for request in requests:
+        scheduler.add(request)
+    assert run(scheduler, executor) == {request.request_id: expected_answer(request) for request in requests}
+    # FakeExecutor raises where two are partial. The third request finds the tile that was begun for the first.
+    assert executor.encoded == [make_tile("large").key, make_tile("small").key]
+    assert scheduler.holds_nothing
+
+
+def test_a_prompt_that_begins_with_a_large_tile_takes_its_place_and_lets_others_pass() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    pictured = make_request(1, tiles=["a"], num_pixels=35, max_tokens=2)
+    source = EngineRequest(
+        request_id="tile first",
+        prompt_token_ids=[IMAGE_ID] * 4 + [5, 6],
+        sampling=pictured.sampling,
+        eos_token_ids=(),
+        tiles=pictured.tiles,
+        placeholders=(PlaceholderRange(0, 4),),
+    )
+    other = make_request(range(700, 704), max_tokens=3)
+    scheduler.add(source)
+    scheduler.add(other)
+    assert plan_of(scheduler, executor) == {other.request_id: 4}
+    assert scheduler.num_running == 2
+    answers = run(scheduler, executor)
+    assert answers["tile first"] == expected_answer(source)
+    assert len(executor.shares) == 4
+
+
+def test_the_partial_tile_of_a_request_that_is_cancelled_is_given_up() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10, num_tile_slots=1), FakeExecutor()
+    requests = [make_request(range(start, start + 4), tiles=["a"], num_pixels=25, max_tokens=1) for start in (0, 50)]
+    for request in requests:
+        scheduler.add(request)
+    step(scheduler, executor)
+    scheduler.abort([requests[0].request_id])
+    scheduler.check_integrity()
+    assert scheduler.encoder.num_available == 1
+    # The one that shared it begins it anew, as the holder of its pixels may be gone.
+    assert run(scheduler, executor) == {requests[1].request_id: expected_answer(requests[1])}
+    assert executor.encoded == [make_tile("a").key]
+    assert len(executor.shares) == 1 + 3
+
+
+def test_a_large_tile_that_breaks_ends_its_request_at_once() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    executor.broken_tiles = {make_tile("bad").key}
+    bad = make_request(4, tiles=["bad"], num_pixels=25)
+    good = make_request(range(50, 54), tiles=["good"], num_pixels=25, max_tokens=2)
+    scheduler.add(bad)
+    scheduler.add(good)
+    plan = scheduler.schedule()
+    (output,) = scheduler.update(plan, executor.execute(plan))
+    assert (output.request_id, output.error) == (bad.request_id, "broken tile")
+    scheduler.check_integrity()
+    assert run(scheduler, executor) == {good.request_id: expected_answer(good)}
+
+
+def test_a_large_tile_without_memory_is_tried_as_often_as_a_chunk() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    request = make_request(4, tiles=["a"], num_pixels=25)
+    scheduler.add(request)
+    for _ in range(2):
+        assert defer_all(scheduler) == []
+        assert scheduler.holds_nothing
+    (output,) = defer_all(scheduler)
+    assert output.error_code == "out_of_memory"
+    assert not scheduler.has_work
+    executor.forget(scheduler.take_finished())
+
+
+def test_a_lost_step_ends_whom_a_tile_was_encoded_for() -> None:
+    scheduler, executor = make_scheduler(max_num_batched_pixels=10), FakeExecutor()
+    pictured = make_request(1, tiles=["a"], num_pixels=25)
+    scheduler.add(pictured)
+    step(scheduler, executor)
+    plan = scheduler.schedule()
+    assert (len(plan.scheduled), len(plan.tiles)) == (0, 1)
+    (output,) = scheduler.fail_step(plan, "lost")
+    assert (output.request_id, output.error) == (pictured.request_id, "lost")
+    assert scheduler.holds_nothing
+    scheduler.check_integrity()
+
+
 # -- too little memory ------------------------------------------------------------------------------------------------
 
 
 def defer_all(scheduler: Scheduler) -> list[EngineOutput]:
     """A step for which there is no memory at all."""
     plan = scheduler.schedule()
-    names = frozenset(item.request_id for item in plan.scheduled)
+    names = frozenset(plan.request_ids)
     slots = frozenset(tile.slot for tile in plan.tiles)
     outputs = scheduler.update(plan, ModelRunnerOutput(sampled={}, deferred=names, failed_slots=slots))
     scheduler.check_integrity()
@@ -639,7 +768,7 @@ def test_the_third_deferral_in_a_row_ends_a_request_and_a_token_between_begins_t
 
 def test_a_tile_that_had_no_memory_is_not_reused_whoever_shares_it() -> None:
     """The request that it was planned for fails for another reason; the one that shares it is deferred."""
-    scheduler, executor = make_scheduler(max_num_batched_tiles=2, max_num_batched_tokens=64), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=2, max_num_batched_tokens=64), FakeExecutor()
     owner, sharer = make_request(4, tiles=["x"], max_tokens=1), make_request(range(50, 54), tiles=["x"], max_tokens=1)
     scheduler.add(owner)
     scheduler.add(sharer)
@@ -662,7 +791,7 @@ def test_a_tile_that_had_no_memory_is_not_reused_whoever_shares_it() -> None:
 
 
 def test_no_step_encodes_more_tiles_than_its_budget() -> None:
-    scheduler, executor = make_scheduler(max_num_batched_tiles=1, num_tile_slots=3), FakeExecutor()
+    scheduler, executor = make_scheduler(max_num_batched_pixels=1, num_tile_slots=3), FakeExecutor()
     for name in ("old", "x", "y"):  # the cache is full, `old` is the next to go
         scheduler.add(make_request(range(ord(name[0]), ord(name[0]) + 4), tiles=[name], max_tokens=1))
         run(scheduler, executor)

@@ -27,7 +27,7 @@ def steps_of(**limits: int | bool) -> tuple[FakeExecutor, list[SchedulerOutput]]
 
 
 def test_the_first_step_fills_both_budgets() -> None:
-    _, steps = steps_of(max_num_batched_tokens=48, max_num_batched_tiles=5)
+    _, steps = steps_of(max_num_batched_tokens=48, max_num_batched_pixels=5 * 4)
     assert sum(item.num_tokens for item in steps[0].scheduled) == 48
     assert len(steps[0].tiles) == 5
     assert len({tile.slot for tile in steps[0].tiles}) == 5
@@ -49,9 +49,9 @@ def test_several_answers_grow_at_once_and_sample_in_all_ways() -> None:
         {"max_num_seqs": 1},
         {"max_model_len": 16, "num_blocks": 4},
         {"max_model_len": 16, "num_blocks": 4, "block_size": 4, "max_num_batched_tokens": 8, "max_num_seqs": 1},
-        {"num_tile_slots": 1, "max_num_batched_tiles": 5},
+        {"num_tile_slots": 1, "max_num_batched_pixels": 5 * 4},
         {"max_num_batched_tokens": 1, "max_num_seqs": 1},
-        {"max_num_batched_tokens": 4096, "max_num_batched_tiles": 1024},
+        {"max_num_batched_tokens": 4096, "max_num_batched_pixels": 1024 * 4},
         {"enable_prefix_caching": False},
     ],
 )

@@ -13,7 +13,7 @@ from server.engine.core import EngineCore
 from server.engine.step import ModelRunnerOutput, NewRequest, ScheduledRequest, SchedulerOutput, TileToEncode
 from server.inputs.placeholders import PromptIds
 from server.runner.model_runner import ModelRunner
-from server.types import EngineRequest, FinishReason, SamplingParams, Tile
+from server.types import EngineRequest, FinishReason, PlaceholderRange, SamplingParams, Tile
 from tests.engines import real_core, record_first_logits
 from tests.runner.states import make_new
 from tests.runner.test_vision_runner import make_tile
@@ -225,6 +225,21 @@ def test_a_bad_tile_fails_those_who_need_it_in_this_step(bench: Bench, caplog: p
     assert result.sampled["good"] == int(alone.argmax())
     bench.runner.forget([*pictured, "words"])
     assert "encoding a tile" in caplog.text
+
+
+def test_a_tile_that_breaks_half_way_fails_whom_it_is_for(bench: Bench) -> None:
+    """No chunk touches its slot yet: the request waits for it, or computes what comes before it."""
+    bad = Tile(b"bad", 42, 56, b"")
+    for name, scheduled in (
+        ("waits", []),
+        ("goes on", [ScheduledRequest("goes on", 0, 5, bench.blocks[:5], True, {})]),
+    ):
+        new = make_new(list(range(5, 25)), request_id=name, tiles=(bad,), placeholders=(PlaceholderRange(6, 4),))
+        result = bench.execute(scheduled, new=[new], tiles=[TileToEncode(name, 0, 0, bad.key, 0.25)])
+        assert set(result.failed) == result.crashed == {name}
+        assert result.failed_slots == {0}
+        assert not result.sampled
+        bench.runner.forget([name])
 
 
 # -- a request whose numbers break ----------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def encode_some(runner: VisionRunner, work: list[tuple[RequestState, int, int]])
 
 
 @torch.inference_mode()
+def encode_share(runner: VisionRunner, state: RequestState, index: int, slot: int, until: float) -> UnfilledSlots:
+    name = state.source.request_id
+    return runner.encode([TileToEncode(name, index, slot, state.source.tiles[index].key, until)], {name: state})
+
+
+@torch.inference_mode()
 def alone(model: Idefics2Model, tile: Tile) -> Tensor:
     pixels = torch.frombuffer(bytearray(tile.pixels), dtype=torch.uint8).view(1, tile.height, tile.width, 3)
     return model.encode_tiles(pixels)[0]
@@ -144,6 +150,90 @@ def test_a_bad_tile_fails_its_slot_and_no_other(
 def test_several_bad_tiles_are_all_named(model: Idefics2Model, caplog: pytest.LogCaptureFixture) -> None:
     state = make_state("a", BAD["no pixels"], make_tile(42, 42, 1), BAD["fewer pixels than its size"])
     assert encode(make_runner(model), [(state, 0, 5), (state, 1, 4), (state, 2, 3)]) == {3, 5}
+
+
+# -- some layers a step ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shares", [[0.5, 1.0], [0.01, 0.02, 0.5, 0.9, 1.0], [0.2, 0.2, 0.6, 0.6, 1.0], [0.999, 1.0]])
+def test_a_tile_in_shares_equals_the_tile_in_one_go(model: Idefics2Model, shares: list[float]) -> None:
+    """Bit for bit: the same layers over the same rows."""
+    state, runner = make_state("a", make_tile(56, 70, 1)), make_runner(model)
+    for until in shares:
+        assert (runner.slab[2] == 7.0).all(), "written before its last layer"
+        assert encode_share(runner, state, 0, 2, until) == UnfilledSlots()
+    assert torch.equal(runner.slab[2], alone(model, state.source.tiles[0]))
+
+
+def test_each_share_computes_its_part_of_the_layers(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint)
+    state, runner = make_state("a", make_tile(56, 70, 1)), make_runner(model)
+    num_parts = model.num_encoding_parts(56, 70)
+    assert num_parts == len(model.vision.layers) + 1 + len(model.connector.resampler.layers)
+    calls: list[str] = []
+    for name, module in [*model.vision.layers.named_children(), ("projection", model.connector.projection)]:
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    for layer in model.connector.resampler.layers:
+        layer.register_forward_hook(lambda *_: calls.append("resampler"))
+    for done in range(1, num_parts + 1):
+        encode_share(runner, state, 0, 2, done / num_parts)
+        assert len(calls) == done
+    assert len(set(calls)) == len(model.vision.layers) + 2
+
+
+def test_rows_are_projected_in_pieces_and_the_pieces_are_parts(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state = load(tiny_checkpoint), make_state("a", make_tile(56, 70, 1))  # 20 patches
+    whole = alone(model, state.source.tiles[0])
+    parts = model.num_encoding_parts(56, 70)
+    monkeypatch.setattr("server.model.perceiver.PROJECTED_ROWS", 6)
+    assert model.num_encoding_parts(56, 70) == parts + 3
+    torch.testing.assert_close(alone(model, state.source.tiles[0]), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tile_that_takes_another_ones_slot_half_way_begins_anew(model: Idefics2Model) -> None:
+    state, runner = make_state("a", make_tile(56, 70, 1), make_tile(56, 70, 2)), make_runner(model)
+    encode_share(runner, state, 0, 2, 0.6)
+    encode_share(runner, state, 1, 2, 0.3)
+    encode_share(runner, state, 1, 2, 1.0)
+    assert torch.equal(runner.slab[2], alone(model, state.source.tiles[1]))
+    encode_share(runner, state, 0, 3, 0.3)
+    encode(runner, [(state, 0, 4), (state, 1, 5)])  # whole ones beside it
+    encode_share(runner, state, 0, 3, 1.0)
+    for slot, index in ((3, 0), (4, 0), (5, 1)):
+        torch.testing.assert_close(runner.slab[slot], alone(model, state.source.tiles[index]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_tile_in_shares_fails_its_slot(model: Idefics2Model, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    state, runner = make_state("a", BAD[kind], make_tile(42, 42, 1)), make_runner(model)
+    assert encode_share(runner, state, 0, 1, 0.5) == UnfilledSlots(broken={1})
+    encode_share(runner, state, 1, 1, 0.5)
+    assert encode_share(runner, state, 1, 1, 1.0) == UnfilledSlots()
+    assert torch.equal(runner.slab[1], alone(model, state.source.tiles[1]))
+
+
+def test_a_share_that_has_no_memory_is_tried_anew_and_then_told(
+    model: Idefics2Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, runner = make_state("a", make_tile(56, 70, 1)), make_runner(model)
+    encode_share(runner, state, 0, 1, 0.4)
+    layer = model.vision.layers[-1]
+    forward, failures = layer.forward, iter([True, False])
+
+    def short(hidden: Tensor) -> Tensor:
+        if next(failures):
+            raise MemoryError
+        return forward(hidden)
+
+    monkeypatch.setattr(layer, "forward", short)
+    assert encode_share(runner, state, 0, 1, 1.0) == UnfilledSlots()
+    monkeypatch.setattr(layer, "forward", forward)
+    assert torch.equal(runner.slab[1], alone(model, state.source.tiles[0]))
+    failures = iter([True, True])
+    monkeypatch.setattr(layer, "forward", short)
+    assert encode_share(runner, state, 0, 2, 1.0) == UnfilledSlots(starved={2})
 
 
 def test_nothing_to_encode_is_no_failure(model: Idefics2Model) -> None:
