@@ -10,7 +10,7 @@ CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
 HOURS  ?= 0.5
 
-.PHONY: help serve test test-clients test-page faults soak check format bench clean
+.PHONY: help serve test test-clients test-page faults soak check format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-page [ARGS='-k keyboard'] (needs Debian's chromium)"
 	@echo "make faults [ARGS='overload ...'] | make soak [HOURS=24]"
 	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
+	@echo "make bench-gpu [ARGS='--rounds 5 ...'] (needs a CUDA device)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +29,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 serve: $(VENV)/.installed
 	$(BIN)/idefics2-server serve $(MODEL) $(if $(CONFIG),--config $(CONFIG)) --port $(PORT) $(ARGS)
 
+# Half a gigabyte that only tests need: what interprets the kernels for CUDA on a machine without it.
+$(VENV)/.kernels: $(VENV)/.installed
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[kernels]'
+	@touch $@
+
 # Two workers, each with its own servers and the tests of whole files; more would need more memory than cores.
-test: $(VENV)/.installed
+test: $(VENV)/.kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 $(CLIENTS_VENV)/.installed: tests/clients/requirements.txt constraints.txt
@@ -57,6 +64,11 @@ soak: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/idefics2-server bench --base-url http://127.0.0.1:$(PORT) $(ARGS)
+
+# The engine on a GPU, without HTTP, in the published shape with random weights.
+bench-gpu: $(VENV)/.installed
+	test -e $(or $(MODEL),models/8b-shape)/config.json || $(BIN)/idefics2-server make-demo models/8b-shape --size 8b --dtype bfloat16 --no-weights
+	$(BIN)/python -m server.bench.gpu $(or $(MODEL),models/8b-shape) $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check server tests

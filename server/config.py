@@ -45,6 +45,12 @@ class ServerConfig(BaseModel):
         description="Weights on a CPU: 'fp16' halves what float32 reads, 'int8' (activations too) quarters it. 'auto': "
         "as dtype says, or fp16 where dtype is 'auto' too and the CPU has no bfloat16 instructions.",
     )
+    attention_backend: Literal["auto", "sdpa", "triton"] = Field(
+        "auto",
+        description="'triton': kernels of ours over the paged cache; 'sdpa': PyTorch's, over gathered blocks. "
+        "'auto': triton on CUDA if it agrees with sdpa at the start, else sdpa.",
+    )
+    cuda_graphs: bool = Field(True, description="Replay recorded steps of decodes on CUDA, with attention by triton.")
     engine_client: Literal["thread", "process"] = Field(
         "process", description="Where the engine runs: beside the API in a thread, or in a process of its own."
     )

@@ -42,7 +42,7 @@ from server.inputs.processor import InputProcessor
 from server.inputs.tokenizer import Tokenizer
 from server.keys import NO_KEYS, KeyRing, load_keys
 from server.llm import AsyncLLM
-from server.model.attention.sdpa import SdpaAttention
+from server.model.attention.choose import choose_attention
 from server.model.config import ModelConfig, load_model_config
 from server.model.idefics2 import Idefics2Model
 from server.model.layers.packed import Packing, choose_packing
@@ -54,7 +54,7 @@ from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
 from server.runner.grammars import GrammarBank
-from server.runner.hardware import choose_device, choose_dtype, choose_quantization
+from server.runner.hardware import choose_device, choose_dtype, choose_quantization, record_decodes
 from server.runner.kv_cache import allocate_kv_cache, block_bytes
 from server.runner.memory import choose_context, kv_budget_bytes
 from server.runner.model_runner import ModelRunner
@@ -93,7 +93,7 @@ def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True)
     default_tokens, default_pixels = DEFAULT_BUDGETS[device.type]
     max_tokens = config.max_num_batched_tokens or max(default_tokens, config.max_num_seqs)
     max_pixels = config.max_num_batched_pixels or default_pixels
-    attention = SdpaAttention(sliding_window=model_config.text.sliding_window)
+    attention = choose_attention(config.attention_backend, model_config.text, device, dtype)
     model = load_model(
         folder,
         model_config,
@@ -136,6 +136,8 @@ def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True)
         grammars=GrammarBank(GrammarCompiler(_vocabulary(Tokenizer(folder), model_config))),
         device=device,
     )
+    if device.type == "cuda" and config.cuda_graphs:
+        record_decodes(runner, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=max_tokens,

@@ -27,7 +27,7 @@ class RecordingSampler(Sampler):
         super().__init__(forbidden_token_ids, torch.device("cpu"))
         self.first_logits: dict[str, Tensor] = {}
 
-    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> list[int | None]:
+    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
         for row, state in zip(logits, states, strict=True):
             if state.num_output_tokens == 0:
                 self.first_logits[state.source.request_id] = row.clone()
@@ -49,7 +49,7 @@ def real_core(folder: Path, **settings: object) -> EngineCore:
 def record_first_logits(core: EngineCore) -> dict[str, Tensor]:
     """From now on, keep each request's first logits; they appear in the returned dict."""
     assert isinstance(core.executor, ModelRunner)
-    sampler = RecordingSampler(core.executor._sampler._forbidden.tolist())
+    sampler = RecordingSampler(core.executor._sampler.forbidden_token_ids)
     core.executor._sampler = sampler
     return sampler.first_logits
 

@@ -43,6 +43,7 @@ OWNERS = {
     "llguidance": {"grammar"},
     "transformers": {"inputs", "model", "demo", "bench"},
     "safetensors": {"model", "demo"},
+    "triton": {"model"},
 }
 
 # Nothing that a file or a client says may become code (HTTP clients and checkpoints are untrusted).

@@ -20,7 +20,7 @@ from typing import Any
 from server.config import ServerConfig
 from server.engine.core import EngineCore
 from server.launch import build_core
-from server.runner.memory import read_bandwidth
+from server.runner.ceilings import read_bandwidth
 from server.types import EngineRequest, PlaceholderRange, SamplingParams, Tile
 
 WARMUP_STEPS = 4
@@ -65,7 +65,7 @@ def main() -> int:
 
 def _load(args: argparse.Namespace, text: str) -> Variant:
     settings: dict[str, Any] = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    answers = _answer_len(max([1, *args.batch]), args.context, args.steps)
+    answers = answer_len(max([1, *args.batch]), args.context, args.steps)
     longest = max([args.context + answers, ROWS_PER_TILE, *args.prompt]) + 64
     config = ServerConfig.model_validate(
         {
@@ -98,7 +98,7 @@ def _row(name: str, job: Any, variants: list[Variant], rounds: int) -> str:
 def decode(core: EngineCore, batch: int, context: int, steps: int) -> float:
     """Median seconds of a step in which each of `batch` answers grows by a token."""
     # Those that are admitted first grow while the others' prompts are computed: all have enough left after that.
-    requests = [_request(context, max_tokens=_answer_len(batch, context, steps)) for _ in range(batch)]
+    requests = [text_request(context, max_tokens=answer_len(batch, context, steps)) for _ in range(batch)]
     for request in requests:
         core.handle(request)
     while core.scheduler.num_waiting:
@@ -108,30 +108,36 @@ def decode(core: EngineCore, batch: int, context: int, steps: int) -> float:
         started = time.perf_counter()
         if len(core.step().outputs) == batch:
             seconds.append(time.perf_counter() - started)
-    _end(core, requests)
+    end(core, requests)
     return statistics.median(seconds[WARMUP_STEPS:])
 
 
-def _answer_len(batch: int, context: int, steps: int) -> int:
+def answer_len(batch: int, context: int, steps: int) -> int:
+    """Tokens that each of `batch` answers needs so that all of them still grow when the last prompt is computed."""
     return WARMUP_STEPS + steps + batch * (1 + context // CHUNK)
 
 
 def prefill(core: EngineCore, length: int) -> float:
     """Seconds from a prompt to its first token, in as many steps as the budget makes of it."""
-    request = _request(length, max_tokens=2)
+    request = text_request(length, max_tokens=2)
     return _until_first_token(core, request)
 
 
 def tile(core: EngineCore, edge: int) -> float:
-    """Seconds that encoding one tile takes in its step."""
+    """Seconds that encoding one tile takes, in as many steps as the budget makes of it."""
     pixels = os.urandom(edge * edge * 3)
     picture = Tile(pixels[:32], edge, edge, pixels)
-    request = _request(
+    request = text_request(
         ROWS_PER_TILE + 8, max_tokens=2, tiles=(picture,), placeholders=(PlaceholderRange(1, ROWS_PER_TILE),)
     )
     core.handle(request)
-    seconds = core.step().stats.encode_seconds
-    _end(core, [request])
+    seconds = 0.0
+    while True:
+        stats = core.step().stats
+        if not stats.num_tile_shares:
+            break
+        seconds += stats.encode_seconds
+    end(core, [request])
     return seconds
 
 
@@ -141,16 +147,18 @@ def _until_first_token(core: EngineCore, request: EngineRequest) -> float:
     while not any(output.new_token_ids for output in core.step().outputs):
         pass
     seconds = time.perf_counter() - started
-    _end(core, [request])
+    end(core, [request])
     return seconds
 
 
-def _end(core: EngineCore, requests: list[EngineRequest]) -> None:
+def end(core: EngineCore, requests: list[EngineRequest]) -> None:
+    """Let go of requests, whether they have ended or not."""
     core.scheduler.abort([request.request_id for request in requests])
     core.executor.forget(core.scheduler.take_finished())
 
 
-def _request(length: int, *, max_tokens: int, **pictures: Any) -> EngineRequest:
+def text_request(length: int, *, max_tokens: int, **pictures: Any) -> EngineRequest:
+    """A greedy request of its own tokens, which no other begins with; `pictures` are its tiles and their places."""
     number = next(_ids)
     return EngineRequest(
         request_id=f"r{number}",

@@ -21,7 +21,7 @@ from server.demo.examples import (
     NO_WORD,
     WORDS_A_CELL,
 )
-from server.model.attention.base import AttentionBackend, AttentionMetadata, LayerCache
+from server.model.attention.base import AttentionBackend, LayerCache
 from server.model.config import ModelConfig
 from server.model.idefics2 import Idefics2Model
 from server.model.layers.norm import RMSNorm
@@ -33,15 +33,12 @@ EMPTY_WEIGHT = 0.2
 class WholeSequences(AttentionBackend):
     """Causal attention within each of the sequences, which have one length, without a cache: what training needs."""
 
-    def build_metadata(self, *, seq_lens: Sequence[int], **_: Any) -> AttentionMetadata:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return AttentionMetadata(nothing, nothing, query_starts=(), seq_lens=seq_lens, num_decodes=0, decode_mask=None)
+    def build_metadata(self, *, seq_lens: Sequence[int], **_: Any) -> int:
+        """How many sequences there are."""
+        return len(seq_lens)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata
-    ) -> Tensor:
-        count = len(metadata.seq_lens)
-        query, key, value = (t.view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: int) -> Tensor:
+        query, key, value = (t.view(metadata, -1, *t.shape[1:]).transpose(1, 2) for t in (query, key, value))
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return attended.transpose(1, 2).flatten(0, 1)
 

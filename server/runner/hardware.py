@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from server.config import ServerConfig
 from server.errors import ConfigError
 from server.model.layers.packed import Quantization, has_narrow_weights
+from server.runner.decode_graphs import cuda_recorder
+from server.runner.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,3 +40,13 @@ def choose_quantization(config: ServerConfig, device: torch.device) -> Quantizat
         return config.quantization
     emulates = device.type == "cpu" and choose_dtype("auto", device) == torch.float32
     return "fp16" if emulates and config.dtype == "auto" and has_narrow_weights() else "none"
+
+
+def record_decodes(runner: ModelRunner, *, max_num_seqs: int, max_model_len: int) -> None:
+    """Have a CUDA device replay steps of decodes, where its attention allows; a failure leaves them as they were."""
+    if not runner.can_record_decodes:
+        return
+    try:
+        runner.record_decodes(cuda_recorder(), max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    except RuntimeError as error:
+        logger.warning("decodes are not recorded: %s", next(iter(str(error).splitlines()), type(error).__name__))

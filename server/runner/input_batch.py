@@ -37,7 +37,7 @@ class RequestState:
 
 @dataclass(frozen=True)
 class InputBatch:
-    """T tokens of B requests, packed in order.
+    """T tokens of B requests, packed in order; all of it on the host.
 
     token_ids, positions   [T] int64
     image_positions        [R] int64: which of the T embeddings are rows of a picture
@@ -61,7 +61,6 @@ def build_input_batch(
     states: Mapping[str, RequestState],
     *,
     rows_per_tile: int,
-    device: torch.device,
 ) -> InputBatch:
     """Pack the scheduled chunks. A request is sampled when its chunk reaches its last token."""
     token_ids: list[int] = []
@@ -87,7 +86,7 @@ def build_input_batch(
             sampled.append(state)
 
     def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64)
 
     return InputBatch(
         token_ids=tensor(token_ids),

@@ -1,8 +1,7 @@
-"""How much memory the KV cache gets, and so how many blocks and how long a context fit; and how fast memory is read."""
+"""How much memory the KV cache gets, and so how many blocks and how long a context fit."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -73,14 +72,3 @@ def choose_context(
         )
     useful = max_num_seqs * -(-max_model_len // block_size)
     return min(num_blocks, useful), max_model_len
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that all threads of the CPU read together: the best of five sums over a gibibyte."""
-    data = torch.ones(GIB // torch.float32.itemsize)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        seconds.append(time.perf_counter() - started)
-    return GIB / min(seconds)

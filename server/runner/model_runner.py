@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.step import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
-from server.model.attention.base import AttentionBackend, LayerCache
+from server.model.attention.base import AttentionBackend, AttentionMetadata, LayerCache
 from server.model.idefics2 import Idefics2Model
+from server.runner.decode_graphs import (
+    DecodeAttention,
+    Decoded,
+    DecodeGraphs,
+    DecodeInputs,
+    Recorder,
+    graph_sizes,
+)
 from server.runner.grammars import GrammarBank, advance, compute_bitmasks
 from server.runner.input_batch import InputBatch, RequestState, build_input_batch
 from server.runner.isolation import isolate
 from server.runner.logprobs import AnswerLogprobs, prompt_logprobs
-from server.runner.sampler import Sampler
+from server.runner.sampler import NO_TOKEN, Sampler
+from server.runner.transfer import upload
 from server.runner.vision_runner import VisionRunner
 from server.types import EngineRequest, TokenLogprobs
 
@@ -75,6 +84,33 @@ class ModelRunner:
         self._dtype = next(model.parameters()).dtype
         self._block_size = caches[0].key.shape[1]
         self._states: dict[str, RequestState] = {}
+        self._graphs: DecodeGraphs | None = None
+
+    @property
+    def can_record_decodes(self) -> bool:
+        return isinstance(self._attention, DecodeAttention)
+
+    @torch.inference_mode()
+    def record_decodes(self, record: Recorder, *, max_num_seqs: int, max_model_len: int) -> None:
+        """From now on replay steps of decodes alone. Raises ValueError unless `can_record_decodes`."""
+        attention = self._attention
+        if not isinstance(attention, DecodeAttention):
+            raise ValueError("the attention backend keeps what changes between steps on the host")
+
+        def compute(inputs: DecodeInputs, metadata: AttentionMetadata) -> Decoded:
+            embeddings = self._model.embed(inputs.token_ids)
+            hidden = self._model(embeddings, inputs.positions, self._caches, metadata)
+            return Decoded(hidden, self._model.compute_logits(hidden))
+
+        self._graphs = DecodeGraphs(
+            compute,
+            attention,
+            record,
+            sizes=graph_sizes(max_num_seqs),
+            block_size=self._block_size,
+            max_model_len=max_model_len,
+            device=self._device,
+        )
 
     def prepare(self, request: EngineRequest, done: Callable[[str | None], None]) -> None:
         self._grammars.prepare(request, done)
@@ -137,35 +173,30 @@ class ModelRunner:
     def _compute(self, scheduled: Sequence[ScheduledRequest]) -> _Computed:
         """Forward and sample. Leaves nothing behind but keys and values, which a repetition writes again."""
         computed = _Computed()
-        batch = build_input_batch(
-            scheduled, self._states, rows_per_tile=self._vision.slab.shape[1], device=self._device
-        )
-        hidden = self._forward(batch)
+        batch = build_input_batch(scheduled, self._states, rows_per_tile=self._vision.slab.shape[1])
+        decoded = self._graphs.run(batch) if self._graphs is not None and self._graphs.fits(batch) else None
+        hidden = self._forward(batch) if decoded is None else decoded.hidden
         # On a GPU the forward pass still runs while these are found.
         computed.failed |= compute_bitmasks(batch.sampled)
-        for request_id in _broken(hidden, scheduled):
-            computed.crash(request_id, BROKEN)
+        is_finite = hidden.isfinite().all(dim=-1)
         computed.prompt_logprobs = prompt_logprobs(
             hidden, batch, scheduled, [self._states[item.request_id] for item in scheduled], self._model.compute_logits
         )
-        if batch.sampled:
-            logits = self._model.compute_logits(hidden[batch.logits_indices])
-            of_answers = AnswerLogprobs(logits, batch.sampled)
-            self._sample(logits, batch.sampled, computed)
-            computed.logprobs = of_answers.describe(computed.sampled)
+        if not batch.sampled:
+            _note_broken(is_finite.tolist(), scheduled, computed)
+            return computed
+        if decoded is None:
+            logits = self._model.compute_logits(hidden[upload(batch.logits_indices, self._device)])
+        else:
+            logits = decoded.logits
+        of_answers = AnswerLogprobs(logits, batch.sampled)
+        tokens = self._sampler.sample(logits, batch.sampled)
+        # All that the host needs to know of the step, in the one copy that waits for it.
+        told = torch.cat((tokens, is_finite)).tolist()
+        _note_broken(told[len(tokens) :], scheduled, computed)
+        _note_tokens(told[: len(tokens)], batch.sampled, computed)
+        computed.logprobs = of_answers.describe(computed.sampled)
         return computed
-
-    def _sample(self, logits: torch.Tensor, states: Sequence[RequestState], computed: _Computed) -> None:
-        for state, token in zip(states, self._sampler.sample(logits, states), strict=True):
-            request_id = state.source.request_id
-            if request_id in computed.failed:
-                continue
-            if token is not None:
-                computed.sampled[request_id] = token
-            elif state.matcher is not None:
-                computed.failed[request_id] = DEAD_END
-            else:
-                computed.crash(request_id, BROKEN)
 
     def _keep(self, computed: _Computed) -> frozenset[str]:
         """Take the tokens into the answers and their grammars. Returns the answers that are complete by that."""
@@ -184,11 +215,12 @@ class ModelRunner:
             device=self._device,
             dtype=self._dtype,
         )
-        embeddings = self._model.embed(batch.token_ids)
+        embeddings = self._model.embed(upload(batch.token_ids, self._device))
         if batch.image_rows.numel():
-            rows = self._vision.rows[batch.image_rows]
-            embeddings = self._model.merge(embeddings, rows, batch.image_positions)
-        hidden: torch.Tensor = self._model(embeddings, batch.positions, self._caches, metadata)
+            rows = self._vision.rows[upload(batch.image_rows, self._device)]
+            embeddings = self._model.merge(embeddings, rows, upload(batch.image_positions, self._device))
+        positions = upload(batch.positions, self._device)
+        hidden: torch.Tensor = self._model(embeddings, positions, self._caches, metadata)
         return hidden
 
 
@@ -202,12 +234,28 @@ def _name(item: ScheduledRequest) -> str:
     return f"request {item.request_id}"
 
 
-def _broken(hidden: torch.Tensor, scheduled: Sequence[ScheduledRequest]) -> list[str]:
-    """The requests with a hidden state [T, hidden] that is not finite, at any token of their chunk.
+def _note_broken(is_finite: Sequence[int], scheduled: Sequence[ScheduledRequest], computed: _Computed) -> None:
+    """Crash the requests with a hidden state that is not finite, at any of the T tokens of their chunks.
 
     The last token alone would not tell: attention stores what is not finite as 0, so a later chunk looks healthy.
     """
-    if bool(hidden.isfinite().all()):
-        return []
-    chunks = torch.split(hidden, [item.num_tokens for item in scheduled])
-    return [item.request_id for item, chunk in zip(scheduled, chunks, strict=True) if not bool(chunk.isfinite().all())]
+    if all(is_finite):
+        return
+    start = 0
+    for item in scheduled:
+        if not all(is_finite[start : start + item.num_tokens]):
+            computed.crash(item.request_id, BROKEN)
+        start += item.num_tokens
+
+
+def _note_tokens(tokens: Sequence[int], states: Sequence[RequestState], computed: _Computed) -> None:
+    for state, token in zip(states, tokens, strict=True):
+        request_id = state.source.request_id
+        if request_id in computed.failed:
+            continue
+        if token != NO_TOKEN:
+            computed.sampled[request_id] = token
+        elif state.matcher is not None:
+            computed.failed[request_id] = DEAD_END
+        else:
+            computed.crash(request_id, BROKEN)

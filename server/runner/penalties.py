@@ -10,9 +10,10 @@ from torch import Tensor
 
 from server.grammar.vocabulary import expand_bitmask
 from server.runner.input_batch import RequestState
+from server.runner.transfer import indices, numbers, upload
 
 
-def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Tensor) -> None:
+def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Sequence[int]) -> None:
     """Change float32 logits [S, vocab] in place, row by row, for the requests that ask for it.
 
     `forbidden` ids (the image tokens) come last, so that no bias brings them back.
@@ -24,13 +25,13 @@ def adjust_logits(logits: Tensor, states: Sequence[RequestState], forbidden: Ten
         if sampling.presence_penalty or sampling.frequency_penalty:
             _presence_and_frequency(row, state)
         if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=row.device)
-            row[ids] += torch.tensor(list(sampling.logit_bias.values()), device=row.device, dtype=row.dtype)
+            ids = indices(list(sampling.logit_bias), row.device)
+            row[ids] += numbers(list(sampling.logit_bias.values()), row.device, row.dtype)
         if state.bitmask is not None:
             allowed = torch.from_numpy(expand_bitmask(state.bitmask, row.shape[-1]))
-            row.masked_fill_(~allowed.to(row.device), float("-inf"))
+            row.masked_fill_(~upload(allowed, row.device), float("-inf"))
         _hide_endings(row, state)
-    logits[:, forbidden] = float("-inf")
+    logits.index_fill_(1, indices(forbidden, logits.device), float("-inf"))
 
 
 def _hide_endings(row: Tensor, state: RequestState) -> None:
@@ -43,19 +44,19 @@ def _hide_endings(row: Tensor, state: RequestState) -> None:
         hidden += state.source.eos_token_ids
     if not hidden:
         return
-    before = row[hidden]
-    row[hidden] = float("-inf")
+    ids = indices(hidden, row.device)
+    before = row[ids]
+    row.index_fill_(0, ids, float("-inf"))
     if state.matcher is not None and bool(row.isneginf().all()):
-        row[hidden] = before
+        row[ids] = before
 
 
-def _repetition(row: Tensor, state: RequestState, penalty: float, forbidden: Tensor) -> None:
+def _repetition(row: Tensor, state: RequestState, penalty: float, forbidden: Sequence[int]) -> None:
     """Tokens of prompt and answer get logit / penalty if positive, logit × penalty if not (CTRL, arXiv 1909.05858).
 
     Image tokens stand for pictures, not for words that were said.
     """
-    ids = sorted(set(state.token_ids) - set(forbidden.tolist()))
-    seen = torch.tensor(ids, dtype=torch.int64, device=row.device)  # none would be an empty tensor of floats
+    seen = indices(sorted(set(state.token_ids).difference(forbidden)), row.device)
     values = row[seen]
     row[seen] = torch.where(values > 0, values / penalty, values * penalty)
 
@@ -66,6 +67,6 @@ def _presence_and_frequency(row: Tensor, state: RequestState) -> None:
     counts = Counter(state.token_ids[len(state.source.prompt_token_ids) :])
     if not counts:
         return
-    ids = torch.tensor(list(counts), device=row.device)
-    times = torch.tensor(list(counts.values()), device=row.device, dtype=row.dtype)
+    ids = indices(list(counts), row.device)
+    times = numbers(list(counts.values()), row.device, row.dtype)
     row[ids] -= sampling.presence_penalty + sampling.frequency_penalty * times

@@ -19,74 +19,64 @@ from torch import Tensor
 
 from server.runner.input_batch import RequestState
 from server.runner.penalties import adjust_logits
-from server.types import SamplingParams
+from server.runner.transfer import indices, numbers
+from server.runner.truncation import is_truncated, truncate
 
-TOP_CANDIDATES = 512  # enough for nearly every top-k and top-p; the rest falls back to a full sort
+NO_TOKEN = -1  # of a row in which no logit is finite
 
 
 class Sampler:
     """`forbidden_token_ids` can never be sampled, whatever a request asks for."""
 
     def __init__(self, forbidden_token_ids: Sequence[int], device: torch.device) -> None:
-        self._forbidden = torch.tensor(list(forbidden_token_ids), dtype=torch.int64, device=device)
+        self.forbidden_token_ids = tuple(forbidden_token_ids)
+        self._device = device
         self._generator = torch.Generator(device)
 
-    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> list[int | None]:
-        """One id for each row of float32 logits [S, vocab], changed in place. None where no logit is finite."""
-        adjust_logits(logits, states, self._forbidden)
-        highest, greedy = logits.max(dim=-1)
-        tokens: list[int | None] = list(greedy.tolist())
-        for index, (state, finite) in enumerate(zip(states, highest.isfinite().tolist(), strict=True)):
-            sampling = state.source.sampling
-            if not finite:
-                tokens[index] = None
-            elif sampling.temperature > 0 and sampling.top_k != 1:
-                noise = self._noise(sampling.seed or 0, state.num_output_tokens, logits.shape[-1])
-                tokens[index] = _draw(logits[index], sampling, noise)
+    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+        """One id for each row of float32 logits [S, vocab], which change in place: int64 [S] on their device.
+
+        NO_TOKEN where no logit is finite. On CUDA nothing here waits, except for a grammar that may leave no token.
+        """
+        adjust_logits(logits, states, self.forbidden_token_ids)
+        highest, tokens = logits.max(dim=-1)
+        drawn = [index for index, state in enumerate(states) if _is_drawn(state)]
+        if drawn:
+            rows = indices(drawn, self._device)
+            tokens[rows] = self._draw(logits[rows], [states[index] for index in drawn])
+        return tokens.where(highest.isfinite(), NO_TOKEN)
+
+    def _draw(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
+        """Ids [R] from rows of logits [R, vocab]."""
+        samplings = [state.source.sampling for state in states]
+        temperatures = numbers([sampling.temperature for sampling in samplings], self._device, logits.dtype)
+        probs = torch.softmax(logits / temperatures[:, None], dim=-1)
+        noise = self._noise(states, logits.shape[-1])
+        tokens = (probs / noise).argmax(dim=-1)
+        truncated = [index for index, sampling in enumerate(samplings) if is_truncated(sampling)]
+        if truncated:
+            rows = indices(truncated, self._device)
+            kept, ids = truncate(probs[rows], [samplings[index] for index in truncated])
+            best = (kept / noise[rows].gather(1, ids)).argmax(dim=-1, keepdim=True)
+            tokens[rows] = ids.gather(1, best).squeeze(1)
         return tokens
 
-    def _noise(self, seed: int, index: int, vocab: int) -> Tensor:
-        """[vocab] numbers from the exponential distribution, fixed by a 64-bit seed and an output token's index."""
-        digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8).digest()
-        self._generator.manual_seed(int.from_bytes(digest, "little", signed=True))
-        uniform = torch.rand(vocab, generator=self._generator, device=self._generator.device)
-        uniform.clamp_(min=2.0**-25)  # one draw in 2^24 is exactly 0, and its noise would be infinite
-        return uniform.log_().neg_()  # torch's own exponential_ takes three times as long on CPU
+    def _noise(self, states: Sequence[RequestState], vocab: int) -> Tensor:
+        """[R, vocab] numbers from the exponential distribution, each row's fixed by a seed and an output index."""
+        noise = torch.empty((len(states), vocab), device=self._device)
+        for row, state in zip(noise, states, strict=True):
+            self._generator.manual_seed(_noise_seed(state.source.sampling.seed or 0, state.num_output_tokens))
+            torch.rand(vocab, generator=self._generator, device=self._device, out=row)
+        noise.clamp_(min=2.0**-25)  # one draw in 2^24 is exactly 0, and its noise would be infinite
+        return noise.log_().neg_()  # torch's own exponential_ takes three times as long on CPU
 
 
-def _draw(row: Tensor, sampling: SamplingParams, noise: Tensor) -> int:
-    """One id from a row of logits [vocab], given noise [vocab]."""
-    probs = torch.softmax(row / sampling.temperature, dim=-1)
-    if sampling.top_k == 0 and sampling.top_p >= 1.0 and sampling.min_p == 0.0:
-        return int((probs / noise).argmax())
-    kept, ids = _truncate(probs, sampling)
-    return int(ids[(kept / noise[ids]).argmax()])
+def _is_drawn(state: RequestState) -> bool:
+    sampling = state.source.sampling
+    return sampling.temperature > 0 and sampling.top_k != 1
 
 
-def _truncate(probs: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The candidates that top-k, top-p and min-p leave, most likely first: probabilities and ids, each [n].
-
-    Order as in the field: top-k first, then top-p over what is left, renormalised, then min-p.
-    """
-    vocab = probs.shape[-1]
-    top_k = min(sampling.top_k, vocab) if sampling.top_k else vocab
-    wanted = min(top_k, TOP_CANDIDATES, vocab)
-    kept, ids = torch.topk(probs, wanted)
-    total = probs.sum() if top_k == vocab else None
-    if wanted < top_k:
-        covers_top_p = total is not None and float(kept.sum() / total) >= sampling.top_p and sampling.top_p < 1.0
-        # With a large top-k, top-p is a share of all that it leaves, which only the full sort tells.
-        needs_total = total is None and sampling.top_p < 1.0
-        covers_min_p = sampling.min_p > 0 and float(kept[-1]) < sampling.min_p * float(kept[0]) and not needs_total
-        if not covers_top_p and not covers_min_p:
-            kept, ids = torch.sort(probs, descending=True)
-            kept, ids = kept[:top_k], ids[:top_k]
-    if sampling.top_p < 1.0:
-        total = kept.sum() if total is None else total
-        before = torch.cumsum(kept, dim=-1, dtype=torch.float64) - kept
-        count = max(1, int((before < sampling.top_p * total).sum()))
-        kept, ids = kept[:count], ids[:count]
-    if sampling.min_p > 0.0:
-        count = max(1, int((kept >= sampling.min_p * kept[0]).sum()))
-        kept, ids = kept[:count], ids[:count]
-    return kept, ids
+def _noise_seed(seed: int, index: int) -> int:
+    """64 bits from a 64-bit seed and an output token's index."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, index), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -46,8 +46,8 @@ class PartialEncoding:
         return self._tile == (item.slot, item.key)
 
     def advance(self, until: float) -> Tensor | None:
-        """Compute what `until`, a share of the whole, still lacks, in whole parts. Returns rows [1, R, hidden] at 1."""
-        while self._num_done < until * self._num_parts:
+        """Compute what `until`, a share of all parts, still lacks, to the nearest. Returns rows [1, R, hidden] at 1."""
+        while self._num_done < round(until * self._num_parts):
             next(self._parts)
             self._num_done += 1
         return run_to_end(self._parts) if until >= 1 else None

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.model.attention.base import AttentionMetadata, LayerCache
+from server.model.attention.base import LayerCache
+from server.model.attention.sdpa import SdpaMetadata
 from server.model.config import ModelConfig, load_model_config
 from server.model.idefics2 import Idefics2Model
 from server.model.loader import load_model
@@ -29,8 +30,8 @@ class ContiguousAttention:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> AttentionMetadata:
-        return AttentionMetadata(
+    ) -> SdpaMetadata:
+        return SdpaMetadata(
             slot_mapping=torch.arange(seq_lens[0] - query_lens[0], seq_lens[0], device=device),
             block_tables=torch.tensor(block_tables, device=device),
             query_starts=[0, query_lens[0]],
@@ -39,9 +40,7 @@ class ContiguousAttention:
             decode_mask=None,
         )
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: SdpaMetadata) -> Tensor:
         end = metadata.seq_lens[0]
         keys, values = cache.key.flatten(0, 1), cache.value.flatten(0, 1)
         keys[metadata.slot_mapping] = key

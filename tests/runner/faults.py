@@ -96,7 +96,7 @@ def at_each_run(core: EngineCore, fault: Callable[[list[int]], None]) -> list[in
 
 def at_each_encoding(core: EngineCore, fault: Callable[[Tensor], None]) -> None:
     """Have `fault` called with the pixels [N, 3, H, W] of each pass of the vision tower."""
-    runner_of(core)._model.vision.register_forward_pre_hook(lambda _module, inputs: fault(inputs[0]))
+    runner_of(core)._model.vision.patches.register_forward_pre_hook(lambda _module, inputs: fault(inputs[0]))
 
 
 class FaultySampler(Sampler):
@@ -104,11 +104,11 @@ class FaultySampler(Sampler):
 
     def __init__(self, core: EngineCore, fault: Callable[[list[str]], None]) -> None:
         runner = runner_of(core)
-        super().__init__(runner._sampler._forbidden.tolist(), torch.device("cpu"))
+        super().__init__(runner._sampler.forbidden_token_ids, torch.device("cpu"))
         self._fault = fault
         runner._sampler = self
 
-    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> list[int | None]:
+    def sample(self, logits: Tensor, states: Sequence[RequestState]) -> Tensor:
         tokens = super().sample(logits, states)
         self._fault([state.source.request_id for state in states])
         return tokens

@@ -31,7 +31,7 @@ def chunk(
 
 def build(scheduled: list[ScheduledRequest], *states: RequestState) -> InputBatch:
     by_id = {state.source.request_id: state for state in states}
-    return build_input_batch(scheduled, by_id, rows_per_tile=ROWS, device=CPU)
+    return build_input_batch(scheduled, by_id, rows_per_tile=ROWS)
 
 
 def pictured(name: str, placeholders: list[int], length: int) -> RequestState:

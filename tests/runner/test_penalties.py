@@ -20,7 +20,7 @@ INF = float("inf")
 
 def adjusted(row: list[float], state: RequestState, forbidden: tuple[int, ...] = FORBIDDEN) -> list[float]:
     logits = torch.tensor([row])
-    adjust_logits(logits, [state], torch.tensor(forbidden, dtype=torch.int64))
+    adjust_logits(logits, [state], forbidden)
     result: list[float] = logits[0].tolist()
     return result
 
@@ -56,7 +56,7 @@ def test_image_tokens_in_the_prompt_are_no_repetition() -> None:
     row = [1.0] * VOCAB
     state = make_state([0, 10, 11, 11, 10], repetition_penalty=2.0)
     logits = torch.tensor([row])
-    adjust_logits(logits, [state], torch.tensor([10]))  # 11 is an ordinary id here
+    adjust_logits(logits, [state], [10])  # 11 is an ordinary id here
     assert logits[0].tolist() == [0.5, *[1.0] * 9, -INF, 0.5]
 
 
@@ -103,7 +103,7 @@ def test_a_request_that_asks_for_nothing_keeps_its_logits_to_the_bit() -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     before = logits.clone()
     states = [make_state([1, 2], [3]), make_state([1], [2], repetition_penalty=1.5), make_state([4], [5])]
-    adjust_logits(logits, states, torch.tensor([38, 39]))
+    adjust_logits(logits, states, [38, 39])
     assert torch.equal(logits[[0, 2], :38], before[[0, 2], :38])
     assert not torch.equal(logits[1, :38], before[1, :38])
     assert (logits[:, 38:] == -INF).all()
@@ -152,11 +152,11 @@ def test_all_together_follow_the_formulas(
 def test_nan_stays_in_its_own_row() -> None:
     logits = torch.stack([torch.full((VOCAB,), torch.nan), torch.tensor(ROW)])
     states = [make_state([1], [2], repetition_penalty=1.5), make_state([0], [2], repetition_penalty=2.0)]
-    adjust_logits(logits, states, torch.tensor(FORBIDDEN))
+    adjust_logits(logits, states, FORBIDDEN)
     assert logits[1, 0] == 1.5
     assert not logits[1].isnan().any()
 
 
 def test_rows_and_requests_must_match() -> None:
     with pytest.raises(ValueError, match="zip"):
-        adjust_logits(torch.zeros(2, VOCAB), [make_state()], torch.tensor(FORBIDDEN))
+        adjust_logits(torch.zeros(2, VOCAB), [make_state()], FORBIDDEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from server.api.sampling import MIN_TEMPERATURE
 from server.runner.input_batch import RequestState
-from server.runner.sampler import TOP_CANDIDATES, Sampler, _truncate
+from server.runner.sampler import NO_TOKEN, Sampler
+from server.runner.truncation import TOP_CANDIDATES, truncate
 from server.types import SamplingParams
 from tests.runner.states import make_state
 
@@ -26,8 +28,12 @@ def make_sampler(forbidden: tuple[int, ...] = ()) -> Sampler:
 
 
 def sample_one(row: Tensor, state: RequestState, *, forbidden: tuple[int, ...] = ()) -> int | None:
-    (token,) = make_sampler(forbidden).sample(row.clone()[None], [state])
+    (token,) = sample(make_sampler(forbidden), row.clone()[None], [state])
     return token
+
+
+def sample(sampler: Sampler, logits: Tensor, states: Sequence[RequestState]) -> list[int | None]:
+    return [None if token == NO_TOKEN else token for token in sampler.sample(logits, states).tolist()]
 
 
 def random_logits(vocab: int, seed: int, *, spread: float = 3.0) -> Tensor:
@@ -62,8 +68,11 @@ def naive_candidates(probs: Tensor, sampling: SamplingParams) -> tuple[list[int]
 
 def check_candidates(probs: Tensor, sampling: SamplingParams) -> int:
     """Compare with the naive set; where probabilities tie at its edge, any of the tied will do. Returns its size."""
-    kept, ids = _truncate(probs, sampling)
+    (kept,), (ids,) = truncate(probs[None], [sampling])
+    assert bool((kept[kept.count_nonzero() :] == 0).all())
+    ids, kept = ids[kept > 0], kept[kept > 0]
     expected, nearest = naive_candidates(probs, sampling)
+    expected = [index for index in expected if probs[index] > 0]  # what cannot come need not be left
     if nearest < 1e-6:
         return 0
     assert len(ids) == len(expected)
@@ -157,7 +166,7 @@ def test_temperature_zero_and_top_k_one_take_the_best() -> None:
     best = logits.argmax(-1).tolist()
     for sampling in ({"temperature": 0.0}, {"temperature": 2.0, "top_k": 1}, {"temperature": 0.0, "top_p": 0.1}):
         states = [make_state(seed=index, **sampling) for index in range(20)]
-        assert make_sampler().sample(logits.clone(), states) == best
+        assert sample(make_sampler(), logits.clone(), states) == best
 
 
 def test_the_smallest_temperature_that_clients_may_use_is_greedy() -> None:
@@ -180,7 +189,7 @@ def test_tiny_truncations_are_greedy() -> None:
 def test_the_rarest_noise_does_not_change_a_certain_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.rand gives an exact 0 once in 2**24 draws, and minus its logarithm is infinite."""
     row = torch.tensor([-1000.0, 1000.0, -1000.0])
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(*size))
+    monkeypatch.setattr(torch, "rand", lambda *_, out, **__: out.zero_())
     assert sample_one(row, make_state(seed=1)) == 1
 
 
@@ -196,7 +205,7 @@ def chi_square(counts: list[int], probs: Tensor) -> float:
 
 def draw_counts(row: Tensor, states: list[RequestState]) -> list[int]:
     counts = [0] * len(row)
-    for token in make_sampler().sample(row.expand(len(states), -1).clone(), states):
+    for token in sample(make_sampler(), row.expand(len(states), -1).clone(), states):
         assert token is not None
         counts[token] += 1
     return counts
@@ -231,7 +240,7 @@ def test_consecutive_draws_are_independent() -> None:
     """Pairs of draws of one seed at neighbouring positions: all nine combinations as often as they should be."""
     row = torch.tensor([0.0, 0.7, -0.5])
     states = [make_state(answer=[1] * length, seed=5) for length in range(6001)]
-    tokens = make_sampler().sample(row.expand(6001, -1).clone(), states)
+    tokens = sample(make_sampler(), row.expand(6001, -1).clone(), states)
     counts = [0] * 9
     for first, second in zip(tokens[::2], tokens[1::2], strict=False):
         assert first is not None
@@ -265,12 +274,12 @@ def test_batch_mates_and_row_order_change_nothing() -> None:
     rng = random.Random(4)
     states = mixed_states(40, rng)
     logits = torch.stack([random_logits(50, seed) for seed in range(40)])
-    together = make_sampler((48, 49)).sample(logits.clone(), states)
+    together = sample(make_sampler((48, 49)), logits.clone(), states)
     alone = [sample_one(row, state, forbidden=(48, 49)) for row, state in zip(logits, states, strict=True)]
     assert together == alone
     order = list(range(40))
     rng.shuffle(order)
-    shuffled = make_sampler((48, 49)).sample(logits[order].clone(), [states[index] for index in order])
+    shuffled = sample(make_sampler((48, 49)), logits[order].clone(), [states[index] for index in order])
     assert [shuffled[order.index(index)] for index in range(40)] == alone
     assert len(set(alone)) > 5
 
@@ -279,11 +288,11 @@ def test_a_sampler_has_no_memory() -> None:
     """The same seed and position give the same token after other draws, as they must after a preemption."""
     sampler = make_sampler()
     row, state = random_logits(50, 1), make_state(answer=[1, 2], seed=9)
-    first = sampler.sample(row.clone()[None], [state])
-    sampler.sample(torch.stack([random_logits(50, 2)] * 3), mixed_states(3, random.Random(1)))
+    first = sample(sampler, row.clone()[None], [state])
+    sample(sampler, torch.stack([random_logits(50, 2)] * 3), mixed_states(3, random.Random(1)))
     torch.manual_seed(0)
     torch.rand(10)
-    assert sampler.sample(row.clone()[None], [state]) == first
+    assert sample(sampler, row.clone()[None], [state]) == first
 
 
 def test_seed_and_position_matter_and_a_missing_seed_is_zero() -> None:
@@ -378,7 +387,7 @@ def test_rows_without_sense_give_none_and_their_neighbours_what_they_had(mode: d
     only_forbidden[599] = 3.0
     rows = torch.stack([one_nan, good[0], all_nan, nothing, good[1], infinite, only_forbidden, good[2]])
     states = [make_state(seed=index, masked=(2,), **mode) for index in range(len(rows))]
-    tokens = make_sampler((599,)).sample(rows.clone(), states)
+    tokens = sample(make_sampler((599,)), rows.clone(), states)
     expected = [sample_one(rows[index], states[index], forbidden=(599,)) for index in (1, 4, 7)]
     assert [tokens[index] for index in (0, 2, 3, 5, 6)] == [None] * 5
     assert [tokens[index] for index in (1, 4, 7)] == expected
@@ -393,4 +402,4 @@ def test_logits_that_are_partly_minus_infinity_are_fine() -> None:
 
 
 def test_no_rows_are_no_tokens() -> None:
-    assert make_sampler().sample(torch.empty(0, 10), []) == []
+    assert sample(make_sampler(), torch.empty(0, 10), []) == []

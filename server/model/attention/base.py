@@ -6,8 +6,7 @@ Knows nothing about requests: a batch is T packed tokens of B sequences, decodes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,25 +19,9 @@ class LayerCache(NamedTuple):
     value: Tensor
 
 
-@dataclass(frozen=True)
-class AttentionMetadata:
-    """Where the T tokens of a step stand. Built once a step, read by every layer.
-
-    Sequences 0..num_decodes-1 have exactly one new token each; the others are prefill chunks.
-
-    slot_mapping:  [T] int64, block * block_size + offset of each new token
-    block_tables:  [B, max_blocks] int64, padded with 0
-    query_starts:  B + 1 offsets into the T tokens
-    seq_lens:      B lengths, new tokens included
-    decode_mask:   [num_decodes, 1, 1, max context of the decodes] additive, or None when there is no decode
-    """
-
-    slot_mapping: Tensor
-    block_tables: Tensor
-    query_starts: Sequence[int]
-    seq_lens: Sequence[int]
-    num_decodes: int
-    decode_mask: Tensor | None
+# Where the T tokens of a step stand. Built once a step, handed through every layer, and read by nobody but the backend
+# that made it.
+AttentionMetadata: TypeAlias = Any
 
 
 class AttentionBackend(Protocol):
@@ -65,3 +48,20 @@ class AttentionBackend(Protocol):
         query [T, heads, head_dim], key and value [T, kv_heads, head_dim] → [T, heads, head_dim].
         """
         ...
+
+
+def slots_of(
+    query_lens: Sequence[int], seq_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+) -> list[int]:
+    """block * block_size + offset of each new token, T in all."""
+    return [
+        table[position // block_size] * block_size + position % block_size
+        for query_len, seq_len, table in zip(query_lens, seq_lens, block_tables, strict=True)
+        for position in range(seq_len - query_len, seq_len)
+    ]
+
+
+def tables_of(seq_lens: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int) -> list[list[int]]:
+    """The tables as far as the longest sequence needs them, those of shorter ones padded with 0."""
+    widest = max(-(-seq_len // block_size) for seq_len in seq_lens)
+    return [[*table[:widest], *[0] * (widest - len(table))] for table in block_tables]

@@ -6,12 +6,35 @@ The plain twin that faster backends are tested against, and the backend for CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.model.attention.base import AttentionMetadata, LayerCache
+from server.model.attention.base import LayerCache, slots_of, tables_of
+
+
+@dataclass(frozen=True)
+class SdpaMetadata:
+    """Where the T tokens of a step stand.
+
+    Sequences 0..num_decodes-1 have exactly one new token each; the others are prefill chunks.
+
+    slot_mapping:  [T] int64, block * block_size + offset of each new token
+    block_tables:  [B, max_blocks] int64, padded with 0
+    query_starts:  B + 1 offsets into the T tokens
+    seq_lens:      B lengths, new tokens included
+    decode_mask:   [num_decodes, 1, 1, max context of the decodes] additive, or None when there is no decode
+    """
+
+    slot_mapping: Tensor
+    block_tables: Tensor
+    query_starts: Sequence[int]
+    seq_lens: Sequence[int]
+    num_decodes: int
+    decode_mask: Tensor | None
 
 
 class SdpaAttention:
@@ -29,22 +52,14 @@ class SdpaAttention:
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> AttentionMetadata:
+    ) -> SdpaMetadata:
         num_decodes = sum(length == 1 for length in query_lens)
-        starts = [0]
-        slots: list[int] = []
-        for query_len, seq_len, table in zip(query_lens, seq_lens, block_tables, strict=True):
-            starts.append(starts[-1] + query_len)
-            slots += (
-                table[position // block_size] * block_size + position % block_size
-                for position in range(seq_len - query_len, seq_len)
-            )
-        widest = max(-(-seq_len // block_size) for seq_len in seq_lens)
-        tables = [[*table[:widest], *[0] * (widest - len(table))] for table in block_tables]
-        return AttentionMetadata(
+        slots = slots_of(query_lens, seq_lens, block_tables, block_size)
+        tables = tables_of(seq_lens, block_tables, block_size)
+        return SdpaMetadata(
             slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
             block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
-            query_starts=starts,
+            query_starts=[0, *accumulate(query_lens)],
             seq_lens=list(seq_lens),
             num_decodes=num_decodes,
             decode_mask=self._decode_mask(seq_lens[:num_decodes], block_size, device, dtype),
@@ -65,9 +80,7 @@ class SdpaAttention:
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~visible, float("-inf"))[:, None, None, :]
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: SdpaMetadata) -> Tensor:
         cache.key.flatten(0, 1).index_copy_(0, metadata.slot_mapping, _finite(key))
         cache.value.flatten(0, 1).index_copy_(0, metadata.slot_mapping, _finite(value))
         out = torch.empty_like(query)
@@ -84,7 +97,7 @@ class SdpaAttention:
                 out[start:end] = self._prefill(query[start:end], keys[0], values[0])
         return out
 
-    def _decode(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
+    def _decode(self, query: Tensor, cache: LayerCache, metadata: SdpaMetadata) -> Tensor:
         """One query token a sequence. The heads that share a KV head become its query rows: no key is repeated."""
         mask = metadata.decode_mask
         if mask is None:
