@@ -289,6 +289,7 @@ class AsyncLLM:
             num_tile_slots=info.num_tile_slots,
         )
         self.metrics.record_engine_up(True)
+        self.metrics.watch_engine_memory(engine.resident_bytes)
         for request in self._outputs.untold:
             self._submit(request)
 

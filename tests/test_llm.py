@@ -517,6 +517,9 @@ class DyingClient:
     def cpu_seconds(self) -> float | None:
         return None
 
+    def resident_bytes(self) -> int:
+        return 0
+
     def kill(self) -> bool:
         return False
 

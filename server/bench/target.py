@@ -14,6 +14,7 @@ from server.bench.workloads import TokenCounter, Vocabulary, find_vocabulary
 POLL_SECONDS = 0.5
 
 _RESIDENT = re.compile(r"^process_resident_memory_bytes(?:\{.*\})? (\S+)", re.MULTILINE)
+_ENGINE_RESIDENT = re.compile(r"^idefics2:engine_resident_memory_bytes(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
 class TargetError(Exception):
@@ -72,15 +73,16 @@ class Target:
             return None
 
     def resident_memory(self) -> float | None:
-        """Bytes that the process behind /metrics holds, None where it does not say. An engine in a process of its own
-        is not in it.
+        """Bytes that the process behind /metrics holds, and its engine's where it tells of that; None where it does not
+        say.
         """
         try:
             response = self._client.get(f"{self.root}/metrics")
         except httpx.HTTPError:
             return None
         found = _RESIDENT.search(response.text) if response.status_code == 200 else None
-        return float(found[1]) if found else None
+        engine = _ENGINE_RESIDENT.search(response.text)
+        return float(found[1]) + (float(engine[1]) if engine else 0.0) if found else None
 
 
 def _model_ids(url: str, response: httpx.Response) -> list[str]:

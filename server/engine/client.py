@@ -66,6 +66,10 @@ class EngineClient(Protocol):
         """Processor time that the engine has used or has had to wait for; None where nobody tells."""
         ...
 
+    def resident_bytes(self) -> int:
+        """Main memory of the engine's own process; 0 where it has none, or nobody tells."""
+        ...
+
     def kill(self) -> bool:
         """End the engine at once, from any thread, also while it starts. False where that cannot be done."""
         ...
@@ -107,6 +111,9 @@ class ThreadClient:
 
     def cpu_seconds(self) -> float | None:
         return None if self._thread is None else _cpu_seconds(f"/proc/self/task/{self._thread.native_id}")
+
+    def resident_bytes(self) -> int:
+        return 0
 
     def kill(self) -> bool:
         return False
@@ -206,6 +213,9 @@ class ProcessClient:
     def cpu_seconds(self) -> float | None:
         return None if self._process is None else _cpu_seconds(f"/proc/{self._process.pid}")
 
+    def resident_bytes(self) -> int:
+        return 0 if self._process is None else _resident_bytes(f"/proc/{self._process.pid}")
+
     def kill(self) -> bool:
         self._killed = True
         if self._process is not None:
@@ -255,6 +265,14 @@ def _cpu_seconds(folder: str) -> float | None:
         return used + int(Path(folder, "schedstat").read_text(encoding="ascii").split()[1]) / 1e9
     except (OSError, IndexError, ValueError):
         return used  # a kernel that does not count that
+
+
+def _resident_bytes(folder: str) -> int:
+    """Main memory of a process by its folder in /proc; 0 where there is none."""
+    try:
+        return int(Path(folder, "statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 _ENCODE = msgspec.msgpack.Encoder().encode

@@ -8,7 +8,7 @@ event loop that all streams share. Nothing here locks: whoever counts and render
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
@@ -58,6 +58,19 @@ class Peak(Number):
     def numbers(self) -> Sequence[float]:
         highest, self.value = self.value, 0.0
         return (highest,)
+
+
+class Asked:
+    """A gauge whose value is asked for when it is told; 0 until there is somebody to ask."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], float] = float
+
+    def places(self) -> Sequence[Place]:
+        return (Place("", None, "%r"),)
+
+    def numbers(self) -> Sequence[float]:
+        return (float(self.ask()),)
 
 
 class Total:

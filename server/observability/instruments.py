@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from server.observability.exposition import Histogram, Number, Peak
+from server.observability.exposition import Asked, Histogram, Number, Peak
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 WAITING_REASONS = ("capacity", "deferred")
@@ -80,6 +80,7 @@ class Instruments:
         self.tiles_encoded = Number()
         self.preemptions = Number()
         self.engine_up = Number()
+        self.engine_memory = Asked()
         self.engine_restarts: Labelled = {(reason,): Number() for reason in ENGINE_LOSSES}
         self.step_seconds = Histogram(WORK_SECONDS)
         self.step_tokens = Histogram(STEP_TOKENS)

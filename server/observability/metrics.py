@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -69,6 +70,11 @@ class ServerMetrics:
         """Whether there is an engine that takes requests."""
         with self._lock:
             self._numbers.engine_up.value = float(is_up)
+
+    def watch_engine_memory(self, resident_bytes: Callable[[], float]) -> None:
+        """Ask this at each scrape how much memory the engine's process holds."""
+        with self._lock:
+            self._numbers.engine_memory.ask = resident_bytes
 
     def record_engine_restart(self, reason: str) -> None:
         """Another engine is started, or tried to be, because the last one `died` or `hung`."""

@@ -46,6 +46,12 @@ def _add_engine(page: Page, numbers: Instruments) -> None:
     page.add("counter", "tiles_encoded", "Tiles run through the vision tower.", numbers.tiles_encoded)
     page.add("counter", "num_preemptions", "Requests put back for lack of blocks.", numbers.preemptions)
     page.add("gauge", "engine_up", "1 while there is an engine that takes requests.", numbers.engine_up)
+    page.add(
+        "gauge",
+        "engine_resident_memory_bytes",
+        "Main memory of the engine's process, 0 where it is this one.",
+        numbers.engine_memory,
+    )
     page.add_all(
         "counter",
         "engine_restarts",
@@ -58,7 +64,7 @@ def _add_engine(page: Page, numbers: Instruments) -> None:
     page.add(
         "histogram",
         "image_encode_seconds",
-        "Time in the vision tower, in steps that encode tiles.",
+        "Time in the vision tower, in steps that encode tiles or a share of one.",
         numbers.encode_seconds,
     )
 

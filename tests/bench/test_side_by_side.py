@@ -208,6 +208,14 @@ def test_memory_is_noted_each_round_where_a_server_tells() -> None:
         assert suite.measure(row(), 2).memory == {"ours": [3.0, 3.0]}
 
 
+def test_memory_is_that_of_the_engine_too() -> None:
+    told = (
+        'process_resident_memory_bytes 1.048576e+06\nidefics2:engine_resident_memory_bytes{model_name="m"} 2097152.0\n'
+    )
+    with suite_of(CannedServer(metrics=lambda: told)) as suite:
+        assert suite.measure(row(), 1).memory == {"ours": [3.0]}
+
+
 def test_a_second_turn_goes_on_from_the_first() -> None:
     ours, peer = CannedServer(), CannedServer()
     with suite_of(ours, peer) as suite:

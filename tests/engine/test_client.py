@@ -51,6 +51,7 @@ def test_requests_with_pictures_come_back_answered(client_type: type[ThreadClien
     info = client.start(listener.on_outputs, listener.on_death)
     try:
         assert info.num_blocks == 64
+        assert (client.resident_bytes() > 1 << 20) is (client_type is ProcessClient)
         aborted = make_request(30, max_tokens=90)
         client.submit(aborted)
         client.submit(AbortRequests([aborted.request_id]))
@@ -97,3 +98,4 @@ def test_death_of_the_process_is_noticed() -> None:
     with pytest.raises(EngineDeadError):
         client.submit(make_request(4))
     assert client.close() == "SIGKILL ended it"
+    assert client.resident_bytes() == 0

@@ -18,6 +18,7 @@ BUSY_STEP = StepStats(
     tile_queries=5,
     tile_hits=4,
     num_encoded_tiles=1,
+    num_tile_shares=1,
     step_seconds=0.02,
     encode_seconds=0.01,
 )

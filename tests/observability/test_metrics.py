@@ -53,6 +53,14 @@ def test_a_step() -> None:
     assert found["kv_cache_usage_perc"] == 0.25
 
 
+def test_the_engines_memory_is_asked_for_at_each_scrape() -> None:
+    metrics = ServerMetrics("m")
+    assert values(metrics)["engine_resident_memory_bytes"] == 0
+    sizes = iter([5.0, 7.0])
+    metrics.watch_engine_memory(lambda: next(sizes))
+    assert [values(metrics)["engine_resident_memory_bytes"] for _ in range(2)] == [5.0, 7.0]
+
+
 def test_a_request() -> None:
     metrics = ServerMetrics("m")
     metrics.record_first_token(0.3)

@@ -28,6 +28,7 @@ def record_anything(metrics: ServerMetrics, chance: random.Random) -> None:
         prefix_queries=count,
         prefix_hits=count // 2,
         num_encoded_tiles=chance.randrange(2),
+        num_tile_shares=chance.randrange(3),
         step_seconds=seconds,
         encode_seconds=seconds,
     )

@@ -21,7 +21,8 @@ BackendName = Literal["auto", "sdpa", "triton"]
 # one decode over several splits.
 _SEQUENCES = ((700, 1), (33, 1), (90, 70), (40, 40))
 _BLOCK_SIZE = 16
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Absolute for what is small and relative for what is large: a few units in the last place.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def choose_attention(
@@ -86,6 +87,7 @@ def check(
         )
         results.append((each.forward(query, key, value, cache, metadata), *cache))
     for name, ours, theirs in zip(("attention", "keys", "values"), *results, strict=True):
-        difference = float((ours.float() - theirs.float()).abs().max())
+        differences = (ours.float() - theirs.float()).abs() / (1 + theirs.float().abs())
+        difference = float(differences.max())
         if not difference <= _TOLERANCE[dtype]:
             raise ArithmeticError(f"{name} differ by {difference:.3g}, more than {_TOLERANCE[dtype]}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from server.errors import ConfigError
 from server.model.attention.base import AttentionMetadata, LayerCache
 from server.model.attention.choose import check, choose_attention
-from server.model.attention.sdpa import SdpaAttention
+from server.model.attention.sdpa import SdpaAttention, SdpaMetadata
 from server.model.attention.triton_paged import TritonAttention
 from server.model.config import TextConfig
 
@@ -86,8 +86,20 @@ def test_on_a_device_without_working_kernels_the_plain_twin_serves(
     assert "PyTorch's is used" in caplog.text
 
 
+class Rounding(SdpaAttention):
+    """Computes in float32, and rounds up where the plain twin may have rounded down."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(sliding_window=None)
+        self._step = torch.finfo(dtype).eps
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, metadata: SdpaMetadata) -> Tensor:
+        return super().forward(query, key, value, cache, metadata) * (1 + self._step)
+
+
 def test_the_check_allows_for_the_rounding_of_a_type(text: TextConfig) -> None:
     plain = SdpaAttention(sliding_window=None)
-    check(plain, plain, text, CPU, torch.bfloat16)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check(Rounding(dtype), plain, text, CPU, dtype)
     with pytest.raises(ArithmeticError):
         check(SdpaAttention(sliding_window=30), plain, text, CPU, torch.bfloat16)
