@@ -54,7 +54,12 @@ class ServerConfig(BaseModel):
     engine_client: Literal["thread", "process"] = Field(
         "process", description="Where the engine runs: beside the API in a thread, or in a process of its own."
     )
-    num_threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; default: all cores.")
+    data_parallel_size: int = Field(
+        1, ge=1, le=64, description="Engines behind this API, each with the whole model: on CUDA one a device."
+    )
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of each engine; default: all cores, shared among the engines."
+    )
 
     # The engine.
     max_model_len: int | None = Field(

@@ -10,6 +10,7 @@ import json
 import logging
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -54,7 +55,7 @@ from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.processor import OutputProcessor
 from server.runner.grammars import GrammarBank
-from server.runner.hardware import choose_device, choose_dtype, choose_quantization, record_decodes
+from server.runner.hardware import choose_device, choose_dtype, choose_quantization, record_decodes, set_threads
 from server.runner.kv_cache import allocate_kv_cache, block_bytes
 from server.runner.memory import choose_context, kv_budget_bytes
 from server.runner.model_runner import ModelRunner
@@ -78,15 +79,17 @@ def resolve_folder(config: ServerConfig) -> Path:
     return folder if config.load_format == "auto" else with_processor(folder)
 
 
-def build_core(config: ServerConfig, folder: Path, *, pack_weights: bool = True) -> EngineCore:
+def build_core(config: ServerConfig, folder: Path, *, index: int = 0, pack_weights: bool = True) -> EngineCore:
     """Load the model, put an engine around it and warm it up. Runs in the engine's own thread or process.
 
-    Without `pack_weights` its matrices stay plain: the twin that benchmarks and tests compare with.
+    `index` says which of the `data_parallel_size` engines it is. Without `pack_weights` its matrices stay plain: the
+    twin that benchmarks and tests compare with.
     """
     started = time.perf_counter()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    device = choose_device(config.device)
+    set_threads(config)
+    device = choose_device(config.device, index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whatever names no device means this one
     dtype = choose_dtype(config.dtype, device)
     packing = choose_packing(choose_quantization(config, device), device, dtype) if pack_weights else None
     model_config = load_model_config(folder)
@@ -205,14 +208,17 @@ def _vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> VocabularySpec:
     )
 
 
-def build_engines(config: ServerConfig, factory: CoreFactory) -> EngineSupervisor:
-    """What starts an engine of `factory` whenever there is none."""
+def build_engines(config: ServerConfig, factories: Sequence[CoreFactory]) -> list[EngineSupervisor]:
+    """What starts an engine of each factory whenever there is none."""
     client = ProcessClient if config.engine_client == "process" else ThreadClient
-    return EngineSupervisor(
-        functools.partial(client, factory),
-        stall_seconds=config.engine_stall_seconds,
-        max_restarts=config.max_engine_restarts,
-    )
+    return [
+        EngineSupervisor(
+            functools.partial(client, factory),
+            stall_seconds=config.engine_stall_seconds,
+            max_restarts=config.max_engine_restarts,
+        )
+        for factory in factories
+    ]
 
 
 def build_inputs(config: ServerConfig, folder: Path, metrics: ServerMetrics) -> InputProcessor:
@@ -274,7 +280,9 @@ def build_llm(config: ServerConfig, keys: KeyRing = NO_KEYS, *, factory: CoreFac
     `factory` makes another engine than the checkpoint's.
     """
     folder = resolve_folder(config)
-    choose_device(config.device)
+    size = config.data_parallel_size
+    choose_device(config.device, size - 1)  # fails now where there are fewer
+    factories = [factory or functools.partial(build_core, config, folder, index=index) for index in range(size)]
     model_root = config.model or "idefics2-demo"
     names = tuple(config.served_model_name) or (model_root,)
     metrics = ServerMetrics(names[0], compat=config.metrics_compat)
@@ -283,11 +291,11 @@ def build_llm(config: ServerConfig, keys: KeyRing = NO_KEYS, *, factory: CoreFac
     described = f"{(folder / 'config.json').read_text(encoding='utf-8')} {numbers}"
     return AsyncLLM(
         admission=Admission(
-            max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
+            max_in_flight=size * config.max_num_seqs + config.max_num_queued_reqs,
             max_queued_tokens=config.max_num_queued_tokens,
             key_limits=keys.limits,
         ),
-        engines=build_engines(config, factory or functools.partial(build_core, config, folder)),
+        engines=build_engines(config, factories),
         inputs=inputs,
         outputs=OutputProcessor(_token_table(inputs.tokenizer), metrics),
         metrics=metrics,

@@ -18,6 +18,7 @@ from server.engine.client import EngineClient
 from server.engine.core import AbortRequests, EngineInfo
 from server.engine.supervisor import EngineListener, EngineLoss, EngineSupervisor
 from server.errors import CapacityError, DeadlineError, EngineDeadError, UnavailableError
+from server.fleet import Engine, Fleet
 from server.inputs.processor import InputProcessor
 from server.observability.loop_lag import LoopLag
 from server.observability.metrics import ServerMetrics
@@ -54,7 +55,7 @@ class AsyncLLM:
         self,
         *,
         admission: Admission,
-        engines: EngineSupervisor,
+        engines: Sequence[EngineSupervisor],
         inputs: InputProcessor,
         outputs: OutputProcessor,
         metrics: ServerMetrics,
@@ -70,34 +71,36 @@ class AsyncLLM:
         self.system_fingerprint = f"idefics2-server-{VERSION}-{fingerprint}"
         self.metrics = metrics
         self._loop_lag = LoopLag(metrics)
-        self._engines = engines
+        self._fleet = Fleet(engines)
         self._inputs = inputs
         self._outputs = outputs
         self._admission = admission
-        self._engine: EngineClient | None = None  # the one that takes requests now
-        self._info: EngineInfo | None = None  # of that one, or of the last
-        self._loss: EngineLoss | None = None  # of the last one, until there is another
         self._draining = False
         self._closed = False
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> EngineInfo:
-        """Start the engine and wait until it is ready. Raises ConfigError or CheckpointError when it cannot start."""
+        """Start the engines and wait until all are ready. Raises ConfigError or CheckpointError when one cannot."""
         self._loop_lag.start()
         loop = asyncio.get_running_loop()
 
-        def in_loop(callback: Callable[..., None]) -> Callable[..., None]:
+        def in_loop(callback: Callable[..., None], engine: Engine) -> Callable[..., None]:
             def hand_over(*args: Any) -> None:
-                loop.call_soon_threadsafe(callback, *args)
+                loop.call_soon_threadsafe(callback, engine, *args)
 
             return hand_over
 
+        def listener(engine: Engine) -> EngineListener:
+            return EngineListener(
+                on_outputs=in_loop(self._on_outputs, engine),
+                on_ready=in_loop(self._on_ready, engine),
+                on_lost=in_loop(self._on_lost, engine),
+            )
+
         await self._inputs.start()
-        listener = EngineListener(
-            on_outputs=in_loop(self._on_outputs), on_ready=in_loop(self._on_ready), on_lost=in_loop(self._on_lost)
-        )
-        await asyncio.to_thread(self._engines.start, listener)
+        engines = self._fleet.engines
+        await asyncio.gather(*(asyncio.to_thread(engine.supervisor.start, listener(engine)) for engine in engines))
         return self.info
 
     def drain(self) -> None:
@@ -114,15 +117,16 @@ class AsyncLLM:
         self.end_all()
         self._loop_lag.stop()
         await self._inputs.close()
-        await asyncio.to_thread(self._engines.close)
+        await asyncio.gather(*(asyncio.to_thread(engine.supervisor.close) for engine in self._fleet.engines))
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> EngineInfo:
-        if self._info is None:
+        info = self._fleet.info
+        if info is None:
             raise UnavailableError("the model is still loading", code="model_loading", retry_after=5.0)
-        return self._info
+        return info
 
     @property
     def max_model_len(self) -> int:
@@ -131,16 +135,17 @@ class AsyncLLM:
     @property
     def is_alive(self) -> bool:
         """Whether there is, or will be, an engine."""
-        return self._loss is None or self._loss.back_at is not None
+        return self._fleet.is_alive
 
     @property
     def has_started(self) -> bool:
         """Whether it has ever been ready."""
-        return self._info is not None
+        return self._fleet.info is not None
 
     @property
     def is_ready(self) -> bool:
-        return self._engine is not None and not self._draining and self._inputs.is_healthy
+        """Whether at least one engine takes requests, and all have been ready once."""
+        return self.has_started and self._fleet.num_up > 0 and not self._draining and self._inputs.is_healthy
 
     @property
     def num_in_flight(self) -> int:
@@ -166,11 +171,11 @@ class AsyncLLM:
         if self._draining:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
         _ = self.info  # refuses while loading
-        if self._loss is not None:
+        if self._fleet.num_up == 0:
             raise EngineDeadError(
                 "the engine has stopped and is being restarted",
                 code="engine_restarting",
-                retry_after=self._seconds_until_back(self._loss),
+                retry_after=self._fleet.seconds_until_back or DEAD_RETRY_SECONDS,
             )
 
     def _check_open(self) -> None:
@@ -211,8 +216,7 @@ class AsyncLLM:
         with self._admission.hold(origin.key, answers=num_answers) as hold, self._until(origin.deadline, response):
             try:
                 hold.wait(sum(len(request.prompt_token_ids) for request in requests), check=False)
-                for request in requests:
-                    self._submit(request)
+                self._fleet.place(response)
                 while True:
                     output = response.take()
                     if output is None:
@@ -228,9 +232,7 @@ class AsyncLLM:
                         return
             finally:
                 self._admission.charge(origin.key, response.num_computed_tokens)
-                unfinished = self._outputs.close(response)
-                if unfinished:
-                    self._submit(AbortRequests(unfinished))
+                self._fleet.release(response, self._outputs.close(response))
 
     @contextlib.contextmanager
     def _until(self, deadline: float, response: ResponseStream) -> Iterator[None]:
@@ -244,12 +246,6 @@ class AsyncLLM:
         finally:
             if timer is not None:
                 timer.cancel()
-
-    def _submit(self, message: EngineRequest | AbortRequests) -> None:
-        """Tell the engine, if there is one. Whoever waits for another is submitted to that."""
-        if self._engine is not None:
-            with contextlib.suppress(EngineDeadError):  # `_on_lost` is on its way
-                self._engine.submit(message)
 
     # -- words and ids -------------------------------------------------------------------------------------------
 
@@ -278,43 +274,46 @@ class AsyncLLM:
 
     # -- from the engine -----------------------------------------------------------------------------------------
 
-    def _on_ready(self, engine: EngineClient, info: EngineInfo) -> None:
-        self._engine, self._info, self._loss = engine, info, None
+    def _on_ready(self, engine: Engine, client: EngineClient, info: EngineInfo) -> None:
+        engine.client, engine.info, engine.loss = client, info, None
         if self._admission.max_queued_tokens is None:
-            self._admission.max_queued_tokens = QUEUED_CONTEXTS * info.max_model_len
+            self._admission.max_queued_tokens = QUEUED_CONTEXTS * info.max_model_len * len(self._fleet.engines)
         self.metrics.record_engine(
             max_model_len=info.max_model_len,
             num_blocks=info.num_blocks,
             block_size=info.block_size,
             num_tile_slots=info.num_tile_slots,
         )
-        self.metrics.record_engine_up(True)
-        self.metrics.watch_engine_memory(engine.resident_bytes)
-        for request in self._outputs.untold:
-            self._submit(request)
+        self.metrics.record_engine_up(self._fleet.num_up)
+        self.metrics.watch_engine_memory(self._fleet.resident_bytes)
+        self._place_untold()
 
-    def _on_outputs(self, outputs: EngineOutputs) -> None:
+    def _place_untold(self) -> None:
+        """Give engines, as far as there are any, what no engine has and none has told anything of."""
+        for response in self._outputs.untold:
+            if not self._fleet.is_placed(response):
+                self._fleet.place(response)
+
+    def _on_outputs(self, engine: Engine, outputs: EngineOutputs) -> None:
         if outputs.stats.num_prompt_tokens:
             self._admission.note_computed(outputs.stats.num_prompt_tokens)
-        ended_here = self._outputs.process(outputs)
+        ended_here = self._outputs.process(outputs, stats=self._fleet.merged(engine, outputs.stats))
         if ended_here:
-            self._submit(AbortRequests(ended_here))
+            engine.submit(AbortRequests(ended_here))
 
-    def _on_lost(self, loss: EngineLoss) -> None:
-        had_engine = self._engine is not None
-        self._engine, self._loss = None, loss
-        self.metrics.record_engine_up(False)
-        self.metrics.record_step(StepStats())  # nothing runs or waits there any more
+    def _on_lost(self, engine: Engine, loss: EngineLoss) -> None:
+        engine.client, engine.loss = None, loss
+        self.metrics.record_engine_up(self._fleet.num_up)
+        self.metrics.record_step(self._fleet.merged(engine, StepStats()))  # nothing runs or waits there any more
         if loss.back_at is not None:
             self.metrics.record_engine_restart(loss.cause)
-        if had_engine:
-            self._outputs.lose_engine(retry_after=self._seconds_until_back(loss))
-        if not self.is_alive:
+        retry_after = self._fleet.seconds_until_back or DEAD_RETRY_SECONDS
+        for response in self._fleet.lose(engine):
+            response.lose_engine(retry_after=retry_after)
+        if self.is_alive:
+            self._place_untold()
+        else:
             self._outputs.fail_all(EngineDeadError("the engine is not running", retry_after=DEAD_RETRY_SECONDS))
-
-    @staticmethod
-    def _seconds_until_back(loss: EngineLoss) -> float:
-        return DEAD_RETRY_SECONDS if loss.back_at is None else max(loss.back_at - time.monotonic(), 1.0)
 
 
 def _seconds_until(deadline: float) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 from server.admission import Admission
@@ -76,14 +76,17 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Server:
-    """An AsyncLLM with its parts at hand. Its engine is not restarted, unless `cores` makes one each time."""
+    """An AsyncLLM with its parts at hand. Its engine is not restarted, unless `cores` makes one each time.
+
+    Several in `cores` make as many engines.
+    """
 
     def __init__(
         self,
         *,
         executor: FakeExecutor | None = None,
         client: EngineClient | None = None,
-        cores: Callable[[], EngineCore] | None = None,
+        cores: Callable[[], EngineCore] | Sequence[Callable[[], EngineCore]] | None = None,
         limits: dict[str, int] | None = None,
         **settings: object,
     ) -> None:
@@ -95,16 +98,22 @@ class Server:
         metrics = ServerMetrics("test")
         self.outputs = OutputProcessor(TABLE, metrics)
         config = ServerConfig(**settings)  # type: ignore[arg-type]
+        makers: list[Callable[[], EngineClient]] = [
+            (lambda make=make: ThreadClient(make)) for make in ([cores] if callable(cores) else cores or [])
+        ] or [lambda: client or ThreadClient(lambda: self.core)]
         self.llm = AsyncLLM(
             admission=Admission(
                 max_in_flight=config.max_num_seqs + config.max_num_queued_reqs,
                 max_queued_tokens=config.max_num_queued_tokens,
             ),
-            engines=EngineSupervisor(
-                (lambda: ThreadClient(cores)) if cores else (lambda: client or ThreadClient(lambda: self.core)),
-                stall_seconds=config.engine_stall_seconds,
-                max_restarts=config.max_engine_restarts if cores else 0,
-            ),
+            engines=[
+                EngineSupervisor(
+                    make_client,
+                    stall_seconds=config.engine_stall_seconds,
+                    max_restarts=config.max_engine_restarts if cores else 0,
+                )
+                for make_client in makers
+            ],
             inputs=self.inputs,  # type: ignore[arg-type]
             outputs=self.outputs,
             metrics=metrics,

@@ -17,6 +17,7 @@ LAYERS = [
     {"cli", "__main__", "launch", "connections", "batch", "bench", "chat", "demo"},
     {"api"},
     {"llm"},
+    {"fleet"},
     {"inputs", "outputs", "engine", "admission"},
     {"runner"},
     {"model", "grammar"},

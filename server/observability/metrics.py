@@ -66,10 +66,10 @@ class ServerMetrics:
         with self._lock:
             self._families = self._name(facts)
 
-    def record_engine_up(self, is_up: bool) -> None:
-        """Whether there is an engine that takes requests."""
+    def record_engine_up(self, num_up: int) -> None:
+        """How many engines take requests."""
         with self._lock:
-            self._numbers.engine_up.value = float(is_up)
+            self._numbers.engine_up.value = float(num_up)
 
     def watch_engine_memory(self, resident_bytes: Callable[[], float]) -> None:
         """Ask this at each scrape how much memory the engine's process holds."""

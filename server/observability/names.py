@@ -45,7 +45,7 @@ def _add_engine(page: Page, numbers: Instruments) -> None:
     page.add("counter", "tile_cache_hits", "Tiles found in the encoder cache.", numbers.tile_hits)
     page.add("counter", "tiles_encoded", "Tiles run through the vision tower.", numbers.tiles_encoded)
     page.add("counter", "num_preemptions", "Requests put back for lack of blocks.", numbers.preemptions)
-    page.add("gauge", "engine_up", "1 while there is an engine that takes requests.", numbers.engine_up)
+    page.add("gauge", "engine_up", "Engines that take requests.", numbers.engine_up)
     page.add(
         "gauge",
         "engine_resident_memory_bytes",

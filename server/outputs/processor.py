@@ -10,7 +10,7 @@ from server.observability.metrics import ServerMetrics
 from server.outputs.detokenizer import TokenTable
 from server.outputs.response import ResponseStream
 from server.outputs.stream import RequestStream
-from server.types import EngineOutputs, EngineRequest
+from server.types import EngineOutputs, EngineRequest, StepStats
 
 
 class OutputProcessor:
@@ -45,9 +45,13 @@ class OutputProcessor:
             self._metrics.record_request(n=request.n, max_tokens=request.max_tokens, longest_answer=longest)
         return unfinished
 
-    def process(self, outputs: EngineOutputs) -> list[str]:
-        """Hand a step's outputs to their streams. Returns the ids that ended here and not in the engine."""
-        self._metrics.record_step(outputs.stats, num_deferred=outputs.stats.num_held)
+    def process(self, outputs: EngineOutputs, *, stats: StepStats | None = None) -> list[str]:
+        """Hand a step's outputs to their streams. Returns the ids that ended here and not in the engine.
+
+        `stats` are told in place of theirs where there are several engines.
+        """
+        stats = outputs.stats if stats is None else stats
+        self._metrics.record_step(stats, num_deferred=stats.num_held)
         now = time.monotonic()
         for answer_id in outputs.started:
             if answer_id in self._streams:
@@ -63,16 +67,15 @@ class OutputProcessor:
                 ended_here.append(output.request_id)
         return ended_here
 
-    def lose_engine(self, *, retry_after: float) -> None:
-        """The engine is gone. What it had told part of ends; `untold` is left, for another engine."""
-        for response in list(self._responses):
-            response.lose_engine(retry_after=retry_after)
+    @property
+    def open_responses(self) -> list[ResponseStream]:
+        """In the order of their arrival."""
+        return list(self._responses)
 
     @property
-    def untold(self) -> list[EngineRequest]:
-        """Requests of which an engine has yet to tell anything, in the order of their arrival."""
-        waiting = [response for response in self._responses if not (response.has_output or response.has_ended)]
-        return [request for response in waiting for request in response.requests]
+    def untold(self) -> list[ResponseStream]:
+        """Responses of which an engine has yet to tell anything, in the order of their arrival."""
+        return [response for response in self.open_responses if not (response.has_output or response.has_ended)]
 
     def fail_all(self, error: ServerError) -> None:
         for stream in list(self._streams.values()):

@@ -15,11 +15,24 @@ from server.runner.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device by config; ConfigError when CUDA is asked for and missing."""
+def choose_device(name: str, index: int = 0) -> torch.device:
+    """The device by config, on CUDA the one with that index; ConfigError when it is asked for and missing."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, and PyTorch finds no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"data_parallel_size: {index + 1} engines need as many CUDA devices, and there are {count}")
+    return torch.device("cuda", index)
+
+
+def set_threads(config: ServerConfig) -> None:
+    """CPU threads of one engine: as many as were asked for, or its share of the cores."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif config.data_parallel_size > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // config.data_parallel_size, 1))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

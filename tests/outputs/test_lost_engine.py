@@ -31,8 +31,9 @@ class Open:
 
     def lose(self) -> list[str]:
         """The ids of what is left for another engine."""
-        self.processor.lose_engine(retry_after=7.0)
-        return [request.request_id for request in self.processor.untold]
+        for response in self.processor.open_responses:
+            response.lose_engine(retry_after=7.0)
+        return [request.request_id for response in self.processor.untold for request in response.requests]
 
 
 def test_what_nothing_is_known_of_is_left_in_its_order() -> None:
