@@ -40,11 +40,16 @@ class Server:
 
     @property
     def engine_pid(self) -> int:
-        """Of the process that the engine runs in; the others that a server starts are of other kinds."""
+        """Of the process that its only engine runs in."""
+        (pid,) = self.engine_pids
+        return pid
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """Of the processes that its engines run in; the others that a server starts are of other kinds."""
         tasks = Path(f"/proc/{self.process.pid}/task")
         children = [int(pid) for file in tasks.glob("*/children") for pid in file.read_text().split()]
-        (pid,) = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return pid
+        return sorted(pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
     def wait_until_idle(self, seconds: float = 10.0) -> None:
         deadline = time.monotonic() + seconds
