@@ -60,7 +60,7 @@ class FaultyExecutor(FakeExecutor):
         return 5000 + int.from_bytes(hashlib.sha256(repr(list(tokens)).encode()).digest()[:2], "little") % 20000
 
 
-def build_faulty_core(config: ServerConfig, folder: Path) -> EngineCore:
+def build_faulty_core(config: ServerConfig, folder: Path, *, index: int) -> EngineCore:
     """Runs in the engine's own process."""
     _wait_to_start()
     limits = SchedulerLimits(

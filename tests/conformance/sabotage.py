@@ -69,11 +69,11 @@ class CrashingExecutor:
         return result
 
 
-def build_crashing_core(config: ServerConfig, folder: Path) -> EngineCore:
+def build_crashing_core(config: ServerConfig, folder: Path, *, index: int) -> EngineCore:
     """Runs in the engine's own process."""
     from server.launch import build_core
 
-    core = build_core(config, folder)
+    core = build_core(config, folder, index=index)
     core.executor = CrashingExecutor(core.executor)
     return core
 

@@ -196,10 +196,10 @@ def core_without_device(folder: Path) -> EngineCore:
     return core
 
 
-def core_without_memory(config: ServerConfig, folder: Path) -> EngineCore:
+def core_without_memory(config: ServerConfig, folder: Path, *, index: int) -> EngineCore:
     from server.launch import build_core
 
-    core = build_core(config, folder)
+    core = build_core(config, folder, index=index)
     file = Path(os.environ[FAULT_FILE])
     at_each_run(core, lambda ids: run_out_of_memory() if file.exists() else None)
     return core
