@@ -117,6 +117,7 @@ class ServerConfig(BaseModel):
     metrics_compat: Literal["vllm", "none"] = Field(
         "vllm", description="Also report under the metric names that vLLM's dashboards and autoscalers read."
     )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines: text, or an object each.")
     shutdown_timeout: float = Field(
         30.0, ge=0, le=3600, description="Seconds that running requests get to finish after SIGTERM."
     )

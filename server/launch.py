@@ -308,7 +308,7 @@ def build_llm(config: ServerConfig, keys: KeyRing = NO_KEYS, *, factory: CoreFac
 
 def serve(config: ServerConfig) -> int:
     """Serve until SIGTERM or SIGINT. Liveness answers while the model loads. Raises ConfigError or CheckpointError."""
-    configure_logging()
+    configure_logging(format=config.log_format)
     logger.info("configuration: %s", json.dumps(config.shown()))
     keys = load_keys(config)
     config = config.model_copy(update={"api_key": []})  # from here on, and in the engine's process, nobody needs them

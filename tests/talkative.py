@@ -9,5 +9,5 @@ from server.cli import main
 from server.observability import logs
 
 if __name__ == "__main__":
-    launch.configure_logging = lambda: logs.configure_logging("DEBUG")  # type: ignore[attr-defined]
+    launch.configure_logging = lambda **_: logs.configure_logging("DEBUG")  # type: ignore[attr-defined]
     sys.exit(main())

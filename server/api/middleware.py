@@ -76,7 +76,10 @@ class RequestMiddleware:
         # The raw path is percent-encoded, so nothing in it can end the line.
         path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
         asked_by = f" by {key}" if key else ""
-        access_logger.log(level, "%s %s %d %.0fms%s", method, path, status, seconds * 1000, asked_by)
+        fields = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4), "key": key or None}
+        access_logger.log(
+            level, "%s %s %d %.0fms%s", method, path, status, seconds * 1000, asked_by, extra={"fields": fields}
+        )
 
 
 class _Exchange:

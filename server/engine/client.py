@@ -31,7 +31,7 @@ from server.engine.core import (
     ToEngine,
 )
 from server.errors import CheckpointError, ConfigError, EngineBrokenError, EngineDeadError
-from server.observability.logs import configure_logging
+from server.observability.logs import LogFormat, configure_logging, log_format
 from server.types import EngineOutputs, EngineRequest
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class ProcessClient:
         child_reads, parent_writes = context.Pipe(duplex=False)
         parent_reads, child_writes = context.Pipe(duplex=False)
         log_level = "INFO" if logger.isEnabledFor(logging.INFO) else "WARNING"
-        arguments = (self._factory, child_reads, child_writes, log_level)
+        arguments = (self._factory, child_reads, child_writes, log_level, log_format())
         process = context.Process(target=_serve_in_child, args=arguments, name="engine", daemon=True)
         process.start()
         child_reads.close()
@@ -280,11 +280,13 @@ _DECODE_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decod
 _DECODE_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 
 
-def _serve_in_child(factory: CoreFactory, reads: Connection, writes: Connection, log_level: str) -> None:
+def _serve_in_child(
+    factory: CoreFactory, reads: Connection, writes: Connection, log_level: str, log_format: LogFormat
+) -> None:
     """The engine process: a reader thread keeps the pipe empty while the main thread steps."""
     # Ctrl-C reaches the whole foreground group; the parent decides when the engine stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_logging(log_level)
+    configure_logging(log_level, format=log_format)
     inbox: SimpleQueue[ToEngine | Prepared] = SimpleQueue()
 
     def read() -> None:

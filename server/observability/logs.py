@@ -7,6 +7,7 @@ dropped when it lags behind, because a server without a log is better than none.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import select
@@ -15,9 +16,12 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from queue import SimpleQueue
+from typing import Literal
 
 from server.errors import ConfigError
 from server.observability.exposition import Number
+
+LogFormat = Literal["text", "json"]
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 STDERR = 2
@@ -56,6 +60,31 @@ class OneLineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.request_id = _request_id.get()
         return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+class JsonFormatter(logging.Formatter):
+    """An object a line: time, level, logger, request_id, message, and whatever the line was logged with as `fields`.
+
+    A traceback is `exception`, in one string.
+    """
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, object] = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "request_id": _request_id.get(),
+            "message": record.getMessage(),
+        }
+        told |= getattr(record, "fields", {})
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+_FORMATTERS: dict[str, type[logging.Formatter]] = {"text": OneLineFormatter, "json": JsonFormatter}
 
 
 class DroppingHandler(logging.Handler):
@@ -127,7 +156,13 @@ class DroppingHandler(logging.Handler):
         return True
 
 
-def configure_logging(level: str = "INFO") -> None:
+def log_format() -> LogFormat:
+    """What lines are written as now."""
+    formatters = (handler.formatter for handler in logging.getLogger().handlers)
+    return "json" if any(isinstance(formatter, JsonFormatter) for formatter in formatters) else "text"
+
+
+def configure_logging(level: str = "INFO", *, format: LogFormat = "text") -> None:
     """Send everything to stderr in one format. Call before the first line; uvicorn with `log_config=None`."""
     if level.upper() not in _LEVELS:
         raise ConfigError(f"log level: must be one of {', '.join(_LEVELS)}")
@@ -137,7 +172,7 @@ def configure_logging(level: str = "INFO") -> None:
             before.flush()
             before.close()
     handler = DroppingHandler(STDERR)
-    handler.setFormatter(OneLineFormatter())
+    handler.setFormatter(_FORMATTERS[format]())
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):

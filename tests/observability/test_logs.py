@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,14 @@ import pytest
 
 from server.errors import ConfigError
 from server.observability import logs
-from server.observability.logs import NUM_DROPPED, DroppingHandler, OneLineFormatter, bind_request_id, configure_logging
+from server.observability.logs import (
+    NUM_DROPPED,
+    DroppingHandler,
+    OneLineFormatter,
+    bind_request_id,
+    configure_logging,
+    log_format,
+)
 from tests.listening import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +115,39 @@ def test_libraries_that_log_what_they_carry_are_quiet(written: Callable[[], str]
 def test_unknown_level() -> None:
     with pytest.raises(ConfigError, match="must be one of DEBUG, INFO"):
         configure_logging("LOUD")
+
+
+def test_lines_as_objects(written: Callable[[], str]) -> None:
+    configure_logging(format="json")
+    logger = logging.getLogger("server.x")
+    with bind_request_id("req_1"):
+        logger.info('said "%s"\r\n', "hé\u2028llo", extra={"fields": {"status": 200, "key": None}})
+    try:
+        raise ValueError("bad\nFAKE LINE")
+    except ValueError:
+        logger.exception("it broke")
+    text = written()
+    first, second = (json.loads(line) for line in text.splitlines() if line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", first.pop("time"))
+    assert first == {
+        "level": "INFO",
+        "logger": "server.x",
+        "request_id": "req_1",
+        "message": 'said "hé\u2028llo"\r\n',
+        "status": 200,
+        "key": None,
+    }
+    assert text.count("\n") == 2
+    assert second["message"] == "it broke"
+    assert second["exception"].startswith("Traceback")
+    assert second["exception"].endswith("bad\nFAKE LINE")
+
+
+def test_the_format_is_known_to_whoever_starts_an_engine(written: Callable[[], str]) -> None:
+    configure_logging()
+    assert log_format() == "text"
+    configure_logging(format="json")
+    assert log_format() == "json"
 
 
 # -- whoever reads them ----------------------------------------------------------------------------------------------
