@@ -10,13 +10,14 @@ CONFIG ?= $(if $(MODEL),,configs/demo.yaml)
 ARGS   ?=
 HOURS  ?= 0.5
 
-.PHONY: help serve test test-clients test-page faults soak check format bench bench-gpu clean
+.PHONY: help serve test test-clients test-page test-deploy faults soak check format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve [MODEL=folder-or-hub-id] [PORT=8000] [ARGS='--max-num-seqs 32 ...']"
 	@echo "make test-clients [VLLM=path] [CLIENTS='openai langchain ...']"
 	@echo "make test-page [ARGS='-k keyboard'] (needs Debian's chromium)"
+	@echo "make test-deploy (needs Debian's nginx and prometheus)"
 	@echo "make faults [ARGS='overload ...'] | make soak [HOURS=24]"
 	@echo "make test | make check | make format | make bench [PORT=8000] [ARGS='--concurrency 8 ...'] (needs a server)"
 	@echo "make bench-gpu [ARGS='--rounds 5 ...'] (needs a CUDA device)"
@@ -55,6 +56,10 @@ $(PAGE_VENV)/.installed: tests/web/requirements.txt
 
 test-page: $(VENV)/.installed $(PAGE_VENV)/.installed
 	SERVER_PYTHON=$(abspath $(BIN)/python) OMP_NUM_THREADS=1 $(PAGE_VENV)/bin/python -m pytest -m web $(or $(ARGS),tests/web)
+
+test-deploy: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deploy tests/deploy $(ARGS)
+	cd deploy/prometheus && promtool check config prometheus.yml && promtool test rules alerts_test.yml
 
 faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
