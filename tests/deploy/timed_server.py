@@ -42,7 +42,9 @@ class Timed:
 
         await self._app(scope, receive, timed)
         if times:
-            await asyncio.to_thread(Path(os.environ[TIMES_FOLDER], name).write_text, json.dumps(times))
+            file = Path(os.environ[TIMES_FOLDER], name)
+            await asyncio.to_thread(file.with_suffix(".part").write_text, json.dumps(times))
+            await asyncio.to_thread(file.with_suffix(".part").rename, file)
 
 
 def main() -> int:
