@@ -12,8 +12,7 @@ from tests.conformance.cards import scene_png
 from tests.conformance.memory import resident_bytes
 from tests.conformance.talk import CHAT, Api, Json, picture, user
 
-# Of two rounds: each leaves some 8 MiB of decoded pictures in their cache, and the heap breathes by as much again.
-GROWTH = 48 << 20
+GROWTH = 32 << 20
 
 
 def one_round(api: Api, seed: int) -> None:
